@@ -1,0 +1,93 @@
+"""Which blocks of a weight are active, as compressed block rows and compressed block columns.
+
+A mask over the blocks is easy to decide on; a kernel wants lists. `build` turns one into the other, `write_` does it in
+place, so that a mask can change under a compiled graph: the lists have a fixed capacity and a fixed address. They are
+named as PyTorch's BSR and BSC tensors name theirs.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class BlockLists(NamedTuple):
+    """The active blocks of an R x C grid, by rows and by columns; int32 tensors on the weight's device.
+
+    Row r holds the block columns `col_indices[crow_indices[r]:crow_indices[r + 1]]`, ascending; column c holds the
+    block rows `row_indices[ccol_indices[c]:ccol_indices[c + 1]]`, ascending. Entries past the last valid one are 0.
+    """
+
+    crow_indices: Tensor  # [R + 1]
+    col_indices: Tensor  # [R * C]
+    ccol_indices: Tensor  # [C + 1]
+    row_indices: Tensor  # [R * C]
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Number of block rows and of block columns."""
+        return self.crow_indices.numel() - 1, self.ccol_indices.numel() - 1
+
+
+def grid_shape(weight_shape: tuple[int, int], block: tuple[int, int]) -> tuple[int, int]:
+    """Number of block rows and block columns of a weight `[out, in]`; the last ones may be partial."""
+    return -(-weight_shape[0] // block[0]), -(-weight_shape[1] // block[1])
+
+
+def build(mask: Tensor) -> BlockLists:
+    """Lists of the active blocks of `mask`, boolean `[R, C]`.
+
+    >>> build(torch.tensor([[True, False, True], [False, False, True]])).col_indices.tolist()
+    [0, 2, 2, 0, 0, 0]
+
+    Raises ValueError when the mask is not a boolean matrix.
+    """
+    _check(mask)
+    rows, columns = mask.shape
+
+    def empty(n: int) -> Tensor:
+        return torch.empty(n, dtype=torch.int32, device=mask.device)
+
+    lists = BlockLists(empty(rows + 1), empty(rows * columns), empty(columns + 1), empty(rows * columns))
+    write_(lists, mask)
+    return lists
+
+
+def write_(lists: BlockLists, mask: Tensor) -> None:
+    """Overwrites `lists` with the active blocks of `mask`, boolean `[R, C]`; on the device, without waiting for it.
+
+    Raises ValueError when the mask is not a boolean matrix of the grid that the lists were built for.
+    """
+    _check(mask)
+    if tuple(mask.shape) != lists.grid:
+        raise ValueError(f"mask has shape {tuple(mask.shape)}, but these lists are for a grid of {lists.grid} blocks")
+    mask = mask.to(lists.crow_indices.device)
+    _write_compressed(lists.crow_indices, lists.col_indices, mask)
+    _write_compressed(lists.ccol_indices, lists.row_indices, mask.t())
+
+
+def expand(mask: Tensor, block: tuple[int, int], shape: tuple[int, int]) -> Tensor:
+    """The block mask `[R, C]` as a mask over the entries of a weight of `shape` `[out, in]`."""
+    rows, columns = mask.shape
+    entries = mask[:, None, :, None].expand(rows, block[0], columns, block[1])
+    return entries.reshape(rows * block[0], columns * block[1])[: shape[0], : shape[1]]
+
+
+def _check(mask: Tensor) -> None:
+    if mask.dtype != torch.bool or mask.dim() != 2:
+        raise ValueError(
+            f"a block mask is a boolean tensor of shape [block rows, block columns]; got {mask.dtype} of shape "
+            f"{tuple(mask.shape)}"
+        )
+
+
+def _write_compressed(offsets: Tensor, indices: Tensor, mask: Tensor) -> None:
+    flat = mask.flatten()
+    rank = flat.cumsum(0)  # 1-based position of each active block in the list
+    offsets[:1].zero_()
+    offsets[1:].copy_(mask.sum(1).cumsum(0))
+    # Inactive blocks all land in one slot past the end: no boolean indexing, whose result size would be a host sync.
+    slot = torch.where(flat, rank - 1, flat.numel())
+    minor = torch.arange(mask.shape[1], dtype=torch.int32, device=mask.device).repeat(mask.shape[0])
+    padded = torch.zeros(flat.numel() + 1, dtype=torch.int32, device=mask.device)
+    indices.copy_(padded.scatter_(0, slot, minor)[:-1])
