@@ -1,0 +1,1 @@
+"""What the compiled model does, as tables for people."""
