@@ -1,1 +1,5 @@
-"""Prune a PyTorch model while it trains, and make the pruned blocks cost nothing."""
+"""Prunes a model while it trains, and makes the pruned blocks cost nothing."""
+
+from ctrlcompile.gate import Gate, gates
+
+__all__ = ["Gate", "gates"]

@@ -66,6 +66,17 @@ def write_(lists: BlockLists, mask: Tensor) -> None:
     _write_compressed(lists.ccol_indices, lists.row_indices, mask.t())
 
 
+def mask_of(lists: BlockLists) -> Tensor:
+    """The boolean mask `[R, C]` that `lists` were written from."""
+    rows, columns = lists.grid
+    mask = torch.zeros(rows * columns + 1, dtype=torch.bool, device=lists.crow_indices.device)
+    entry = torch.arange(rows * columns, device=mask.device)
+    row = torch.searchsorted(lists.crow_indices[1:], entry, right=True)
+    # Entries past the last valid one land in one slot past the end.
+    mask[torch.where(entry < lists.crow_indices[-1], row * columns + lists.col_indices, rows * columns)] = True
+    return mask[:-1].view(rows, columns)
+
+
 def expand(mask: Tensor, block: tuple[int, int], shape: tuple[int, int]) -> Tensor:
     """The block mask `[R, C]` as a mask over the entries of a weight of `shape` `[out, in]`."""
     rows, columns = mask.shape

@@ -1,0 +1,38 @@
+"""The door: `torch.compile(model, backend="ctrlprune")` comes in here, found through the entry point alone."""
+
+import functools
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from torch import fx
+from torch._inductor.compile_fx import compile_fx
+
+from ctrlcompile import options as backend_options
+from ctrlcompile.region import Region
+
+logger = logging.getLogger(__name__)
+
+
+def ctrlprune(
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    options: Mapping[str, Any] | None = None,
+    mode: str | None = None,
+) -> Callable[..., Any]:
+    """Compiles one graph of Dynamo's with its linears gated; the rest goes to Inductor.
+
+    Called by `torch.compile`. `options` are those of `ctrlcompile.options.Options`; `mode` is passed on to Inductor.
+
+    Raises ValueError or TypeError for an option or a mode that does not exist here.
+    """
+    parsed = backend_options.parse(options)
+    patches = backend_options.inductor_patches(mode)
+    return Region(gm, example_inputs, parsed, functools.partial(_lower, patches=patches, strict=parsed.strict))
+
+
+def _lower(
+    gm: fx.GraphModule, example_inputs: Sequence[Any], static: bool, *, patches: dict[str, Any], strict: bool
+) -> Callable[..., Any]:
+    return compile_fx(gm, list(example_inputs), config_patches=patches or None, ignore_shape_env=static)

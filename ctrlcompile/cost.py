@@ -1,0 +1,182 @@
+"""What a compiled region costs in FLOPs, as expressions in its batch and sequence sizes, and what a step has used.
+
+The dense cost of a region is counted once, at compile time, by running its graph forward and backward on fake tensors
+under PyTorch's own FLOP counter: attention, batched products and everything else that the counter knows is in it. The
+symbols of dynamic shapes stay symbols (sympy) and are bound at each call.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import sympy
+import torch
+from torch import fx
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from ctrlcompile.controller.contract import StepCost
+from ctrlcompile.gate import Gate
+
+Expression = int | sympy.Expr
+
+
+@dataclass(frozen=True)
+class ProductCost:
+    """FLOPs of one linear node at density 1; 2 per multiply-add."""
+
+    forward: Expression
+    dgrad: Expression
+    wgrad: Expression
+
+    @property
+    def total(self) -> Expression:
+        """All three products."""
+        return self.forward + self.dgrad + self.wgrad
+
+
+@dataclass(frozen=True)
+class RegionCost:
+    """FLOPs of one region: the whole of it, dense, and each gated node's part, at density 1.
+
+    `symbols` are the sizes that the expressions depend on, in the order in which `bind` takes their values.
+    """
+
+    dense: Expression
+    products: tuple[ProductCost, ...]
+    symbols: tuple[sympy.Symbol, ...] = ()
+    _bound: dict[tuple[int, ...], "BoundCost"] = field(default_factory=dict, compare=False, repr=False)
+
+    def bind(self, sizes: tuple[int, ...]) -> "BoundCost":
+        """The cost at these sizes, one for each symbol; kept, since a run has few of them."""
+        bound = self._bound.get(sizes)
+        if bound is None:
+            values = dict(zip(self.symbols, sizes, strict=True))
+
+            def number(expression: Expression) -> float:
+                return float(sympy.sympify(expression).subs(values))
+
+            bound = BoundCost(number(self.dense), tuple((number(p.total), number(p.wgrad)) for p in self.products))
+            self._bound[sizes] = bound
+        return bound
+
+
+@dataclass(frozen=True)
+class BoundCost:
+    """FLOPs of a region at given sizes: `products` holds (forward + dgrad + wgrad, wgrad) of each linear."""
+
+    dense: float
+    products: tuple[tuple[float, float], ...]
+
+
+def product_cost(node: fx.Node) -> ProductCost:
+    """FLOPs of a linear node of Dynamo's graph, from the shapes in its meta."""
+    x, weight = (_argument(node, i).meta["example_value"] for i in range(2))
+    flops = expression(2 * x.numel() * weight.shape[0])
+    return ProductCost(flops, flops if x.requires_grad else 0, flops if weight.requires_grad else 0)
+
+
+def region_flops(gm: fx.GraphModule) -> Expression:
+    """FLOPs of a Dynamo graph, forward and (where anything asks for a gradient) backward, dense, recomputation aside."""
+    examples = [node.meta["example_value"] for node in gm.graph.nodes if node.op == "placeholder"]
+    mode = next((e.fake_mode for e in examples if isinstance(e, FakeTensor)), None)
+    if mode is None:
+        return 0
+    with _scratch(mode), FlopCounterMode(display=False) as counter:
+        inputs = [_fresh(example) for example in examples]
+        outputs = [o for o in torch.utils._pytree.tree_leaves(gm.forward(*inputs)) if isinstance(o, torch.Tensor)]
+        roots = [o for o in outputs if o.requires_grad]
+        if roots:
+            torch.autograd.backward(roots, [torch.ones_like(root) for root in roots])
+    return expression(counter.get_total_flops())
+
+
+def symbols_of(gm: fx.GraphModule) -> tuple[tuple[sympy.Symbol, ...], tuple[int, ...]]:
+    """The size symbols that a Dynamo graph takes as inputs, and their argument positions."""
+    found: dict[sympy.Symbol, int] = {}
+    for position, node in enumerate(n for n in gm.graph.nodes if n.op == "placeholder"):
+        value = node.meta.get("example_value")
+        if isinstance(value, torch.SymInt) and isinstance(symbol := expression(value), sympy.Symbol):
+            found.setdefault(symbol, position)
+    return tuple(found), tuple(found.values())
+
+
+def expression(value: Any) -> Expression:
+    """An int or SymInt as an int or a sympy expression."""
+    return value.node.expr if isinstance(value, torch.SymInt) else int(value)
+
+
+def _argument(node: fx.Node, position: int) -> fx.Node:
+    names = ("input", "weight", "bias")
+    value = node.args[position] if len(node.args) > position else node.kwargs[names[position]]
+    assert isinstance(value, fx.Node)
+    return value
+
+
+def _fresh(example: Any) -> Any:
+    if not isinstance(example, torch.Tensor):
+        return example
+    return example.detach().requires_grad_(example.requires_grad)
+
+
+@contextlib.contextmanager
+def _scratch(mode: FakeTensorMode) -> Iterator[None]:
+    fresh = mode.shape_env.ignore_fresh_unbacked_symbols() if mode.shape_env else contextlib.nullcontext()
+    with mode, torch.enable_grad(), fresh:
+        yield
+
+
+class Meter:
+    """Adds up what the regions used since each controller last asked.
+
+    A region without gates (an embedding behind a graph break, say) counts for the first controller that asks.
+    """
+
+    def __init__(self) -> None:
+        self.listening = False
+        self._calls: list[tuple[BoundCost, Sequence[Gate | None], float]] = []
+
+    def record(self, cost: BoundCost, gates: Sequence[Gate | None]) -> None:
+        """Notes one training call of a region; `gates` are those of its products, in order."""
+        if self.listening:
+            self._calls.append((cost, gates, used_flops(cost, gates)))
+
+    def take(self, owned: Iterable[Gate]) -> StepCost:
+        """What the regions of these gates used since they were last taken."""
+        mine = set(map(id, owned))
+        taken, kept = [], []
+        for call in self._calls:
+            owners = {id(gate) for gate in call[1] if gate is not None}
+            (taken if not owners or owners & mine else kept).append(call)
+        self._calls = kept
+        dense = used = gated_total = 0.0
+        gated: dict[Gate, float] = {}
+        for cost, gates, flops in taken:
+            dense, used = dense + cost.dense, used + flops
+            for gate, (total, _) in zip(gates, cost.products, strict=True):
+                if gate is not None:
+                    gated[gate] = gated.get(gate, 0.0) + total
+                    gated_total += total
+        return StepCost(dense=dense, fixed=dense - gated_total, gated=gated, used=used)
+
+
+def used_flops(cost: BoundCost, gates: Sequence[Gate | None]) -> float:
+    """FLOPs of a region's call under its gates' present masks and probes."""
+    saved = sum(
+        total * (1 - gate.active_share) - wgrad * gate.probed_share
+        for gate, (total, wgrad) in zip(gates, cost.products, strict=True)
+        if gate is not None
+    )
+    return cost.dense - saved
+
+
+meter = Meter()
+
+Counter = Callable[[], StepCost]
+
+
+def counter_for(gates: Mapping[str, Gate]) -> Counter:
+    """What a controller of these gates calls once per optimizer step."""
+    meter.listening = True
+    return lambda: meter.take(gates.values())

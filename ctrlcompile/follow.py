@@ -1,0 +1,96 @@
+"""Follows every optimizer: after a step, masked blocks are zero again where they may not be, and controllers run.
+
+One global hook serves all optimizers. In the one-line form a controller is made at the first step of the optimizer that
+owns the gated Parameters.
+"""
+
+import logging
+import weakref
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+from ctrlcompile.controller import Controller
+from ctrlcompile.cost import counter_for, meter
+from ctrlcompile.gate import Gate, registry
+from ctrlcompile.options import Options
+
+logger = logging.getLogger(__name__)
+
+# Where weight, gradient and state of an entry are zero, a step of these leaves them zero. Any other optimizer (one that
+# mixes entries, as Muon does) has its masked blocks zeroed after each step.
+KEEP_ZERO: tuple[type[torch.optim.Optimizer], ...] = (
+    torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW, torch.optim.NAdam, torch.optim.RAdam, torch.optim.Adamax,
+    torch.optim.Adadelta, torch.optim.Adagrad, torch.optim.RMSprop,
+)  # fmt: skip
+
+_wanted: weakref.WeakKeyDictionary[Gate, Options] = weakref.WeakKeyDictionary()
+_driven: weakref.WeakKeyDictionary[torch.optim.Optimizer, list[Controller]] = weakref.WeakKeyDictionary()
+
+
+def adopt(gate: Gate, options: Options) -> None:
+    """Has a gate driven from whichever optimizer steps its Parameter, as `options` say."""
+    if gate not in _wanted:
+        _wanted[gate] = options
+        meter.listening = True
+
+
+def controller_of(optimizer: torch.optim.Optimizer) -> Controller | None:
+    """The controller that the one-line form runs from this optimizer; None before its first step."""
+    controllers = _driven.get(optimizer)
+    return controllers[0] if controllers else None
+
+
+def own(gates: dict[str, Gate], optimizer: torch.optim.Optimizer) -> None:
+    """Takes gates out of the one-line form's hands: a controller in the open drives them.
+
+    Raises ValueError when the optimizer steps none of the gated Parameters.
+    """
+    parameters = {id(parameter) for parameter in _parameters(optimizer)}
+    mine = [gate for gate in gates.values() if id(gate.weight) in parameters]
+    if gates and not mine:
+        raise ValueError(
+            "the optimizer steps none of the model's gated Parameters; pass the one that trains this model"
+        )
+    for gate in mine:
+        gate.stepped_by(optimizer)
+
+
+def _parameters(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+
+def _after_step(optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    gates = [gate for parameter in _parameters(optimizer) if (gate := registry.get(parameter)) is not None]
+    if not gates:
+        return
+    keeps_zero = type(optimizer) in KEEP_ZERO
+    for gate in gates:
+        gate.stepped_by(optimizer)
+        if not (keeps_zero and gate.ran_gated):  # a step outside the compiled graph has dense gradients
+            gate.enforce_()
+        gate.ran_gated = False
+    if optimizer not in _driven:
+        _start(optimizer, gates)
+    for controller in _driven.get(optimizer, ()):
+        controller.step()
+
+
+def _start(optimizer: torch.optim.Optimizer, gates: list[Gate]) -> None:
+    groups: dict[Options, dict[str, Gate]] = {}
+    for gate in gates:
+        if (options := _wanted.get(gate)) is not None:
+            named = groups.setdefault(options, {})
+            named[gate.name if gate.name not in named else f"{gate.name}#{len(named)}"] = gate
+    controllers = []
+    for options, named in groups.items():
+        assert options.budget is not None
+        controllers.append(Controller(named, counter_for(named), options.budget, options.total_steps))
+        logger.info("a controller drives %d gates from %s", len(named), type(optimizer).__name__)
+    if controllers:
+        _driven[optimizer] = controllers
+
+
+register_optimizer_step_post_hook(_after_step)

@@ -1,0 +1,336 @@
+"""The gate of a weight: which of its blocks exist, as a mask to decide on and as index lists that kernels walk.
+
+The Parameter is the truth. A block that is switched off becomes zero in the weight, in its gradient and in the
+optimizer's state, at once, so the plain state_dict in the plain model computes what the gated model computes. A gate is
+found by the live Parameter, never stored in a graph: two models that share compiled code keep their own masks.
+"""
+
+import fnmatch
+import math
+import weakref
+from collections.abc import Iterator, Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from ctrlcompile.kernels import index_lists
+
+Block = tuple[int, int]
+BlockChoice = Block | int | Literal["auto"]
+
+SMALLEST_SIDE, LARGEST_SIDE, SIDE_STEP = 8, 128, 8
+AUTO_BLOCK: Block = (32, 32)
+FEWEST_BLOCKS = 4  # block rows and block columns that a weight needs before gating it can gain anything
+PROBED_SHARE = 64  # one block in so many can be probed in a step
+
+
+class Gate:
+    """The block mask of one Parameter, with its index lists on the Parameter's device.
+
+    Made by `ctrlcompile.gates`, by a `Controller` or by the backend; a Parameter has at most one.
+
+    Attributes:
+        name: the Parameter's name, as in `named_parameters()`.
+        shape: of the weight, `(out, in)`, in entries.
+        block: `(block_out, block_in)`, in entries.
+        grid: `(R, C)`, number of block rows and block columns; the last ones may be partial.
+        lists: index lists of the active blocks, int32, rewritten in place by `update_`.
+        probes: int32 `[P]`, flat ids `r * C + c` of the inactive blocks whose gradient is measured, padded with -1.
+        signals: float32 `[2, R, C]` leaf; while a controller listens, backward accumulates into its `.grad` the sum
+            over each block of weight * gradient and of gradient ** 2.
+        block_area: float32 `[R, C]`, weight entries in each block (partial blocks have fewer).
+    """
+
+    def __init__(self, weight: Tensor, block: Block, name: str) -> None:
+        check_block(block, tuple(weight.shape), name)
+        self.name = name
+        self.shape: tuple[int, int] = (weight.shape[0], weight.shape[1])
+        self.block = block
+        self.grid = index_lists.grid_shape(self.shape, block)
+        device, (rows, columns) = weight.device, self.grid
+        self._mask = torch.ones(rows, columns, dtype=torch.bool, device=device)
+        self.lists = index_lists.build(self._mask)
+        self.probes = torch.full((max(1, rows * columns // PROBED_SHARE),), -1, dtype=torch.int32, device=device)
+        self.signals = torch.zeros(2, rows, columns, device=device)
+        heights, widths = (
+            _sides(self.shape[0], block[0], rows, device),
+            _sides(self.shape[1], block[1], columns, device),
+        )
+        self.block_area = heights[:, None] * widths[None, :]
+        self.active = rows * columns
+        self.active_area, self.probed_area = float(math.prod(self.shape)), 0.0
+        self.ran_gated = False  # a compiled region used this gate since the last optimizer step
+        self._weight = weakref.ref(weight)
+        self._optimizer: weakref.ref[torch.optim.Optimizer] | None = None
+
+    @property
+    def mask(self) -> Tensor:
+        """Boolean `[R, C]`, True = active; a copy."""
+        return self._mask.clone()
+
+    @property
+    def density(self) -> float:
+        """Active blocks / all blocks."""
+        return self.active / self._mask.numel()
+
+    @property
+    def weight(self) -> Tensor:
+        """The live Parameter. Raises RuntimeError when it is gone."""
+        weight = self._weight()
+        if weight is None:
+            raise RuntimeError(f"the Parameter of gate {self.name!r} no longer exists")
+        return weight
+
+    @property
+    def inputs(self) -> tuple[Tensor, ...]:
+        """What a gated op takes, in the order of its schema: signals, the four index lists, probes."""
+        return (self.signals, *self.lists, self.probes)
+
+    @torch.no_grad()
+    def update_(self, mask: Tensor) -> None:
+        """Switches blocks: `mask` is boolean `[R, C]`, True = active. In place, between optimizer steps.
+
+        Blocks that go are zeroed in the weight, its gradient and its optimizer state; blocks that come start at zero.
+        Call it after `optimizer.step()` and before the next forward pass, never between a forward and its backward.
+
+        Raises TypeError when the mask is not a boolean tensor, ValueError when its shape is not the grid's.
+        """
+        self._check_mask(mask)
+        mask = mask.to(self._mask.device)
+        gone = self._mask & ~mask
+        self._mask.copy_(mask)
+        index_lists.write_(self.lists, mask)
+        self.active = int(mask.sum())
+        self.active_area = float(self.block_area[mask].sum()) if self.active else 0.0
+        self.probe_(self.probes.new_empty(0))
+        if bool(gone.any()):
+            self._zero_blocks(gone)
+
+    @torch.no_grad()
+    def probe_(self, block_ids: Tensor) -> None:
+        """Has the gradient of these inactive blocks measured from the next backward on.
+
+        block_ids: integer `[n]`, flat ids `r * C + c`. Raises ValueError when there are more than `probes` holds, when
+        an id is out of range, or names an active block.
+        """
+        count = block_ids.numel()
+        if count > self.probes.numel():
+            raise ValueError(f"gate {self.name!r} probes at most {self.probes.numel()} blocks a step, got {count}")
+        self.probed_area = 0.0
+        if count:
+            ids = block_ids.to(self.probes.device, torch.int64)
+            if int(ids.min()) < 0 or int(ids.max()) >= self._mask.numel():
+                raise ValueError(f"gate {self.name!r} has blocks 0 to {self._mask.numel() - 1}; got an id outside")
+            if bool(self._mask.view(-1)[ids].any()):
+                raise ValueError(f"gate {self.name!r}: only inactive blocks are probed; got an active one")
+            self.probed_area = float(self.block_area.view(-1)[ids].sum())
+            self.probes[:count].copy_(ids)
+        self.probes[count:].fill_(-1)
+
+    @torch.no_grad()
+    def enforce_(self) -> None:
+        """Zeroes the masked blocks in the weight, its gradient and its optimizer state, whatever wrote to them."""
+        if self.active < self._mask.numel():
+            self._zero_blocks(~self._mask)
+
+    def stepped_by(self, optimizer: torch.optim.Optimizer) -> None:
+        """Remembers the optimizer that owns the weight's state."""
+        self._optimizer = weakref.ref(optimizer)
+
+    @property
+    def active_share(self) -> float:
+        """Active entries / all entries: the density by area, which is what the FLOPs follow."""
+        return self.active_area / math.prod(self.shape)
+
+    @property
+    def probed_share(self) -> float:
+        """Probed entries / all entries."""
+        return self.probed_area / math.prod(self.shape)
+
+    def picture(self, width: int = 64, height: int = 24) -> str:
+        """The mask as text: one character per block or, on a larger grid, per patch of blocks; `█` full, ` ` empty.
+
+        >>> print(ctrlcompile.gates(model)["fc1.weight"].picture())  # doctest: +SKIP
+        """
+        rows, columns = self.grid
+        patch = (-(-rows // height), -(-columns // width))
+        shares = nn.functional.avg_pool2d(self._mask[None, None].float().cpu(), patch, ceil_mode=True)[0, 0]
+        return "\n".join("".join(" ░▒▓█"[math.ceil(4 * float(s))] for s in row) for row in shares)
+
+    def __repr__(self) -> str:
+        rows, columns = self.grid
+        return (
+            f"Gate({self.name!r}, shape={self.shape}, block={self.block}, "
+            f"{self.active} of {rows} x {columns} blocks active, density={self.density:.3f})"
+        )
+
+    def _check_mask(self, mask: Tensor) -> None:
+        if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+            given = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
+            raise TypeError(f"gate {self.name!r}: a mask is a boolean tensor, True = active; got {given}")
+        if tuple(mask.shape) != self.grid:
+            raise ValueError(
+                f"gate {self.name!r}: the mask has one entry per block, shape {self.grid} for a weight of {self.shape} "
+                f"in blocks of {self.block}; got {tuple(mask.shape)}"
+            )
+
+    def _zero_blocks(self, gone: Tensor) -> None:
+        weight = self.weight
+        for tensor in (weight, weight.grad, *self._optimizer_state()):
+            if tensor is not None:
+                zero_blocks_(tensor, gone, self.block)
+
+    def _optimizer_state(self) -> Iterator[Tensor]:
+        optimizer = self._optimizer() if self._optimizer is not None else None
+        if optimizer is None:
+            return
+        for key, value in optimizer.state.get(self.weight, {}).items():
+            # Rprop's step sizes are no moments: at zero they would never grow again.
+            if isinstance(value, Tensor) and tuple(value.shape) == self.shape and key != "step_size":
+                yield value
+
+
+class Registry:
+    """The live Parameters' gates, and the Parameters that must not be gated."""
+
+    def __init__(self) -> None:
+        self._gates: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+        self._refusals: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+
+    def get(self, weight: Tensor) -> Gate | None:
+        """The gate of a Parameter, or None."""
+        return self._gates.get(weight)
+
+    def get_or_create(self, weight: Tensor, block: BlockChoice, name: str) -> Gate:
+        """The gate of a Parameter; a new one where there is none. Raises ValueError for a block that does not fit."""
+        gate = self._gates.get(weight)
+        if gate is None:
+            gate = Gate(weight, resolve_block(block), name)
+            self._gates[weight] = gate
+        return gate
+
+    def refuse(self, weight: Tensor, reason: str) -> None:
+        """Keeps a Parameter dense from now on, for a reason that users read."""
+        self._refusals[weight] = reason
+
+    def refusal(self, weight: Tensor) -> str | None:
+        """Why a Parameter must stay dense, or None."""
+        return self._refusals.get(weight)
+
+
+registry = Registry()
+
+
+def gates(
+    model: nn.Module, block: BlockChoice = "auto", *, include: str = "*", exclude: Sequence[str] = ()
+) -> dict[str, Gate]:
+    """The gates of a model's linear weights by name, made where there are none yet, with every block active.
+
+    Call it before the model's first compiled call, or the backend has chosen the blocks already.
+
+    Args:
+        model: plain, or what `torch.compile` made of it; names are those of `named_parameters()` of the plain model.
+        block: sides of a block in weight entries, `(block_out, block_in)`; one int for a square; "auto" chooses.
+        include, exclude: shell-style patterns of names.
+
+    Raises:
+        ValueError: the block does not fit a weight, or differs from the block a weight was gated with before.
+
+    >>> gates = cc.gates(model, block=(32, 32))  # doctest: +SKIP
+    >>> gates["fc1.weight"].update_(torch.rand(gates["fc1.weight"].grid) < 0.5)  # doctest: +SKIP
+    """
+    model = plain(model)
+    wanted = resolve_block(block)
+    found: dict[str, Gate] = {}
+    for prefix, module in model.named_modules():
+        weight = module._parameters.get("weight") if isinstance(module, nn.Linear) else None
+        name = f"{prefix}.weight" if prefix else "weight"
+        if weight is None or not fnmatch.fnmatch(name, include) or name_excluded(name, exclude):
+            continue
+        gate = registry.get(weight)
+        if gate is None:
+            if _shared_with_other_kind(model, weight):
+                registry.refuse(weight, "shared with a module that is not a linear")
+            if registry.refusal(weight) or (block == "auto" and too_small(tuple(weight.shape), wanted)):
+                continue
+            gate = registry.get_or_create(weight, wanted, name)
+        elif block != "auto" and gate.block != wanted:
+            raise ValueError(
+                f"{name} is gated in blocks of {gate.block} already, asked for {wanted}: call gates() before the first "
+                "compiled call and before a Controller is made, or ask for the same block"
+            )
+        gate.name = name
+        found.setdefault(name, gate)
+    return found
+
+
+def plain(model: nn.Module) -> nn.Module:
+    """The module that `torch.compile` wrapped, or the module itself. Raises TypeError for anything else."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"expected a torch.nn.Module, plain or compiled; got {type(model).__name__}")
+    return getattr(model, "_orig_mod", model)
+
+
+def name_excluded(name: str, patterns: Sequence[str]) -> str | None:
+    """The first shell-style pattern that a Parameter's name matches, or None."""
+    return next((pattern for pattern in patterns if fnmatch.fnmatch(name, pattern)), None)
+
+
+def resolve_block(block: BlockChoice) -> Block:
+    """`"auto"`, an int or a pair as a pair of sides. Raises ValueError for anything else."""
+    if block == "auto":
+        return AUTO_BLOCK
+    sides = (block, block) if isinstance(block, int) else block
+    if (
+        not isinstance(sides, (tuple, list))
+        or len(sides) != 2
+        or not all(isinstance(side, int) and not isinstance(side, bool) for side in sides)
+    ):
+        raise ValueError(f'block is "auto", an int or a pair of ints (block_out, block_in); got {block!r}')
+    if any(not SMALLEST_SIDE <= side <= LARGEST_SIDE or side % SIDE_STEP for side in sides):
+        raise ValueError(
+            f"block sides are multiples of {SIDE_STEP} from {SMALLEST_SIDE} to {LARGEST_SIDE}; got {tuple(sides)}"
+        )
+    return (sides[0], sides[1])
+
+
+def check_block(block: Block, shape: tuple[int, ...], name: str) -> None:
+    """Raises ValueError when a block is larger than the weight, or the weight no matrix."""
+    if len(shape) != 2:
+        raise ValueError(f"{name}: a gated weight is a matrix [out, in]; got shape {shape}")
+    if block[0] > shape[0] or block[1] > shape[1]:
+        raise ValueError(f"{name}: a block of {block} is larger than the weight {shape}; choose a smaller block")
+
+
+def too_small(shape: tuple[int, ...], block: Block) -> str | None:
+    """Why gating a weight of this shape cannot gain, in a user's words, or None."""
+    rows, columns = index_lists.grid_shape((shape[0], shape[1]), block)
+    if min(rows, columns) >= FEWEST_BLOCKS:
+        return None
+    return f"too small to gain: {rows} x {columns} blocks of {block[0]} x {block[1]}, at least {FEWEST_BLOCKS} each way"
+
+
+def zero_blocks_(tensor: Tensor, gone: Tensor, block: Block) -> None:
+    """Zeroes in place the blocks of a matrix `[out, in]` that are True in `gone` `[R, C]`."""
+    rows, columns = gone.shape
+    whole = tensor.shape[0] == rows * block[0] and tensor.shape[1] == columns * block[1] and tensor.is_contiguous()
+    if whole:
+        row, column = gone.nonzero(as_tuple=True)
+        tensor.view(rows, block[0], columns, block[1])[row, :, column, :] = 0
+    else:
+        tensor.masked_fill_(index_lists.expand(gone, block, (tensor.shape[0], tensor.shape[1])), 0)
+
+
+def _shared_with_other_kind(model: nn.Module, weight: Tensor) -> bool:
+    return any(
+        any(parameter is weight for parameter in module._parameters.values()) and not isinstance(module, nn.Linear)
+        for module in model.modules()
+    )
+
+
+def _sides(total: int, side: int, count: int, device: torch.device) -> Tensor:
+    sides = torch.full((count,), float(side), device=device)
+    sides[-1] = total - side * (count - 1)
+    return sides

@@ -1,0 +1,232 @@
+"""The gated linear as PyTorch operators: schemas, shapes, autograd, autocast and FLOP formulas.
+
+`ctrlprune::linear` takes the weight as it is and the gate's tensors beside it. Its backward is two more operators, so
+that Inductor schedules the input gradient and the weight gradient like any matrix product. What wgrad finds out about
+each block leaves the graph as the *gradient of `signals`*: for the first channel that is what it is, the derivative of
+the loss with respect to a gate that multiplies the block, and autograd adds it up over micro-batches.
+
+Where no kernel can run, the operators compute the same with dense products, after one warning.
+"""
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses import FakeTensor
+from torch.utils.flop_counter import register_flop_formula
+
+from ctrlcompile.kernels import cpu_linear, reference
+from ctrlcompile.kernels.index_lists import BlockLists, expand, mask_of
+
+ACTIVATIONS = reference.ACTIVATIONS
+
+_LISTS = "Tensor crow_indices, Tensor col_indices, Tensor ccol_indices, Tensor row_indices"
+_library = torch.library.Library("ctrlprune", "DEF")
+_library.define(
+    f"linear(Tensor x, Tensor weight, Tensor? bias, Tensor signals, {_LISTS}, Tensor probes, "
+    "int block_out, int block_in, str activation) -> (Tensor y, Tensor z)"
+)
+_library.define(f"linear_dgrad(Tensor grad, Tensor weight, {_LISTS}, int block_out, int block_in) -> Tensor")
+_library.define(
+    f"linear_wgrad(Tensor grad, Tensor x, Tensor weight, {_LISTS}, Tensor probes, "
+    "int block_out, int block_in) -> (Tensor grad_weight, Tensor signals)"
+)
+
+linear = torch.ops.ctrlprune.linear
+linear_dgrad = torch.ops.ctrlprune.linear_dgrad
+linear_wgrad = torch.ops.ctrlprune.linear_wgrad
+
+
+# What runs ------------------------------------------------------------------------------------------------------------
+
+
+def _linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, signals: Tensor, crow_indices: Tensor, col_indices: Tensor,
+    ccol_indices: Tensor, row_indices: Tensor, probes: Tensor, block_out: int, block_in: int, activation: str,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    lists, block = BlockLists(crow_indices, col_indices, ccol_indices, row_indices), (block_out, block_in)
+    rows = _rows(x)
+    if (kernel := _kernel(x, weight, block)) is not None:
+        y, z = kernel.forward(rows, weight, bias, lists, block, activation)
+    else:
+        y, z = reference.linear(rows, weight, bias, mask_of(lists), block, activation)
+    shape = (*x.shape[:-1], weight.shape[0])
+    return y.view(shape), z.view(shape) if saves_z(activation) else x.new_empty(0)
+
+
+def _linear_dgrad(
+    grad: Tensor, weight: Tensor, crow_indices: Tensor, col_indices: Tensor, ccol_indices: Tensor, row_indices: Tensor,
+    block_out: int, block_in: int,
+) -> Tensor:  # fmt: skip
+    lists, block = BlockLists(crow_indices, col_indices, ccol_indices, row_indices), (block_out, block_in)
+    rows = _rows(grad)
+    if (kernel := _kernel(grad, weight, block)) is not None:
+        grad_x = kernel.dgrad(rows, weight, lists, block)
+    else:
+        grad_x = reference.linear_dgrad(rows, weight, mask_of(lists), block)
+    return grad_x.view(*grad.shape[:-1], weight.shape[1])
+
+
+def _linear_wgrad(
+    grad: Tensor, x: Tensor, weight: Tensor, crow_indices: Tensor, col_indices: Tensor, ccol_indices: Tensor,
+    row_indices: Tensor, probes: Tensor, block_out: int, block_in: int,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    lists, block = BlockLists(crow_indices, col_indices, ccol_indices, row_indices), (block_out, block_in)
+    if (kernel := _kernel(x, weight, block)) is not None:
+        return kernel.wgrad(_rows(grad), _rows(x), weight, lists, probes, block)
+    return reference.linear_wgrad(_rows(grad), _rows(x), weight, mask_of(lists), probes, block)
+
+
+def _rows(x: Tensor) -> Tensor:
+    rows = x.reshape(-1, x.shape[-1])
+    return rows if rows.stride(-1) == 1 or rows.shape[-1] == 1 else rows.contiguous()
+
+
+def saves_z(activation: str) -> bool:
+    """Whether backward needs the value before the activation (relu's can be read off its output)."""
+    return activation.startswith("gelu")
+
+
+# Kernels, or dense products with one warning --------------------------------------------------------------------------
+
+_broken: dict[tuple[Any, ...], str] = {}
+
+
+def why_no_kernel(device: torch.device, x_dtype: torch.dtype, weight_dtype: torch.dtype, block: tuple[int, int],
+                  strict: bool = False) -> str | None:  # fmt: skip
+    """Builds the kernels for these types and this block; None where they can run, else the reason.
+
+    Raises what the build raised when `strict`; otherwise a failed build warns once and is remembered.
+    """
+    if device.type != "cpu":
+        return f"no kernels for device type {device.type!r}"
+    reason = cpu_linear.supported(x_dtype, weight_dtype, block)
+    key = (x_dtype, weight_dtype, block)
+    if reason is not None or (key in _broken and not strict):
+        return reason or _broken[key]
+    try:
+        getattr(cpu_linear, "prepare", lambda *a: None)(x_dtype, weight_dtype, block)
+    except getattr(cpu_linear, "KernelBuildError", RuntimeError) as error:
+        if strict:
+            raise
+        first = not _broken
+        _broken[key] = f"kernel not built: {error}"
+        if first:
+            warnings.warn(f"ctrlcompile computes gated layers densely: {error}", RuntimeWarning, stacklevel=2)
+        return _broken[key]
+    return None
+
+
+def _kernel(x: Tensor, weight: Tensor, block: tuple[int, int]) -> Any:
+    return cpu_linear if why_no_kernel(weight.device, x.dtype, weight.dtype, block) is None else None
+
+
+# Shapes ---------------------------------------------------------------------------------------------------------------
+
+
+@torch.library.register_fake("ctrlprune::linear", lib=_library)
+def _(x, weight, bias, signals, crow, col, ccol, row, probes, block_out, block_in, activation):  # type: ignore[no-untyped-def]
+    torch._check(x.shape[-1] == weight.shape[1], lambda: f"x has {x.shape[-1]} features, the weight {weight.shape[1]}")
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"activation is one of {ACTIVATIONS}; got {activation!r}")
+    y = x.new_empty(*x.shape[:-1], weight.shape[0])
+    return y, torch.empty_like(y) if saves_z(activation) else x.new_empty(0)
+
+
+@torch.library.register_fake("ctrlprune::linear_dgrad", lib=_library)
+def _(grad, weight, crow, col, ccol, row, block_out, block_in):  # type: ignore[no-untyped-def]
+    return grad.new_empty(*grad.shape[:-1], weight.shape[1])
+
+
+@torch.library.register_fake("ctrlprune::linear_wgrad", lib=_library)
+def _(grad, x, weight, crow, col, ccol, row, probes, block_out, block_in):  # type: ignore[no-untyped-def]
+    rows, columns = crow.shape[0] - 1, ccol.shape[0] - 1
+    return weight.new_empty(weight.shape), weight.new_empty((2, rows, columns), dtype=torch.float32)
+
+
+# Autograd -------------------------------------------------------------------------------------------------------------
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    x, weight, bias, _, crow, col, ccol, row, probes, block_out, block_in, activation = inputs
+    y, z = output
+    ctx.mark_non_differentiable(z)
+    ctx.set_materialize_grads(False)
+    ctx.block, ctx.activation, ctx.has_bias = (block_out, block_in), activation, bias is not None
+    ctx.bias_dtype = None if bias is None else bias.dtype
+    kept = {"none": (), "relu": (y,)}.get(activation, (z,))
+    ctx.save_for_backward(x, weight, crow, col, ccol, row, probes, *kept)
+
+
+def _backward(ctx: Any, grad_y: Tensor | None, _grad_z: None) -> tuple[Tensor | None, ...]:
+    unused = (None,) * 8
+    if grad_y is None:
+        return (None, None, None, None, *unused)
+    x, weight, crow, col, ccol, row, probes, *kept = ctx.saved_tensors
+    if ctx.activation == "none":
+        grad = grad_y
+    elif ctx.activation == "relu":
+        grad = torch.ops.aten.threshold_backward(grad_y, kept[0], 0)
+    else:
+        approximate = "tanh" if ctx.activation == "gelu_tanh" else "none"
+        grad = torch.ops.aten.gelu_backward(grad_y, kept[0], approximate=approximate)
+    needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+    grad_x = linear_dgrad(grad, weight, crow, col, ccol, row, *ctx.block) if needs_x else None
+    grad_weight = grad_signals = grad_bias = None
+    if needs_weight:
+        grad_weight, grad_signals = linear_wgrad(grad, x, weight, crow, col, ccol, row, probes, *ctx.block)
+    if needs_bias:
+        grad_bias = grad.flatten(0, -2).sum(0, dtype=ctx.bias_dtype)
+    return (grad_x, grad_weight, grad_bias, grad_signals, *unused)
+
+
+torch.library.register_autograd("ctrlprune::linear", _backward, setup_context=_setup_context, lib=_library)
+
+
+def _autocast(device: str) -> Callable[..., tuple[Tensor, Tensor]]:
+    keys = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, f"Autocast{device.upper()}"))
+
+    # The input is cast, the weight is not: the kernels round its live blocks when they pack them, and the weight's
+    # gradient comes out in the weight's own type.
+    def cast(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+        with torch._C._ExcludeDispatchKeyGuard(keys):
+            return linear(x.to(torch.get_autocast_dtype(device)) if x.dtype != torch.float64 else x, *rest)
+
+    return cast
+
+
+for _implementation, _op in ((_linear, "linear"), (_linear_dgrad, "linear_dgrad"), (_linear_wgrad, "linear_wgrad")):
+    for _key in ("CPU", "CUDA"):
+        _library.impl(_op, _implementation, _key)
+_library.impl("linear", _autocast("cpu"), "AutocastCPU")
+_library.impl("linear", _autocast("cuda"), "AutocastCUDA")
+
+
+# FLOP formulas: what is computed, so active blocks only; 2 per multiply-add -------------------------------------------
+
+
+def _product_flops(x: Tensor, weight: Tensor, lists: BlockLists, probes: Tensor | None, block: tuple[int, int]) -> int:
+    entries = weight.numel()
+    if not isinstance(lists.crow_indices, FakeTensor):  # a graph without data: every block counts
+        computed = mask_of(lists)
+        if probes is not None:
+            computed.view(-1)[probes[probes >= 0].long()] = True
+        entries = int(expand(computed, block, (weight.shape[0], weight.shape[1])).sum())
+    return 2 * (x.numel() // x.shape[-1]) * entries
+
+
+@register_flop_formula(linear, get_raw=True)
+def _(x, weight, bias, signals, crow, col, ccol, row, probes, block_out, block_in, activation, **_) -> int:  # type: ignore[no-untyped-def]
+    return _product_flops(x, weight, BlockLists(crow, col, ccol, row), None, (block_out, block_in))
+
+
+@register_flop_formula(linear_dgrad, get_raw=True)
+def _(grad, weight, crow, col, ccol, row, block_out, block_in, **_) -> int:  # type: ignore[no-untyped-def]
+    return _product_flops(grad, weight, BlockLists(crow, col, ccol, row), None, (block_out, block_in))
+
+
+@register_flop_formula(linear_wgrad, get_raw=True)
+def _(grad, x, weight, crow, col, ccol, row, probes, block_out, block_in, **_) -> int:  # type: ignore[no-untyped-def]
+    return _product_flops(x, weight, BlockLists(crow, col, ccol, row), probes, (block_out, block_in))

@@ -1,0 +1,94 @@
+"""What `torch.compile(..., options={...})` may say to this backend: typed, checked where it comes in."""
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from ctrlcompile.controller.budget import Budget
+from ctrlcompile.gate import Block, BlockChoice, resolve_block
+
+MODES = ("default", "max-autotune-no-cudagraphs", "max-autotune")
+
+
+@dataclass(frozen=True)
+class Options:
+    """Options of the `ctrlprune` backend.
+
+    Attributes:
+        budget: what the run may use of the dense run's training FLOPs, in (0, 1], or a `Budget`. None: no controller,
+            masks change only by `Gate.update_` or by a `Controller` of one's own.
+        total_steps: optimizer steps of the whole run; None: the budget is a rate to hold.
+        block: sides of a block in weight entries, `(block_out, block_in)`; an int for a square; "auto" chooses.
+        exclude: shell-style patterns of Parameter names that stay dense.
+        strict: raise where the backend would otherwise warn and compute densely.
+    """
+
+    budget: Budget | None = None
+    total_steps: int | None = None
+    block: Block = dataclasses.field(default_factory=lambda: resolve_block("auto"))
+    exclude: tuple[str, ...] = ()
+    strict: bool = False
+    block_was_given: bool = dataclasses.field(default=False, repr=False)
+
+
+def parse(options: Mapping[str, Any] | None) -> Options:
+    """Checks what was passed as `options=`.
+
+    Raises ValueError for an unknown option (the message lists those that exist), or a value out of range; TypeError for
+    a value of the wrong type.
+    """
+    given = dict(options or {})
+    allowed = [field.name for field in dataclasses.fields(Options) if field.name != "block_was_given"]
+    unknown = sorted(set(given) - set(allowed))
+    if unknown:
+        raise ValueError(f"unknown option {', '.join(map(repr, unknown))} for backend 'ctrlprune'; it takes {allowed}")
+    budget = given.get("budget")
+    total_steps = given.get("total_steps")
+    if total_steps is not None:
+        check_total_steps(total_steps)
+        if budget is None:
+            raise ValueError("total_steps says how long a budget has to last; give options={'budget': ..., ...} too")
+    block: BlockChoice = given.get("block", "auto")
+    exclude = given.get("exclude", ())
+    if isinstance(exclude, str) or not all(isinstance(pattern, str) for pattern in exclude):
+        raise TypeError(f"exclude is a list of name patterns such as ['*.head.weight']; got {exclude!r}")
+    strict = given.get("strict", False)
+    if not isinstance(strict, bool):
+        raise TypeError(f"strict is True or False; got {strict!r}")
+    return Options(
+        budget=None if budget is None else Budget.of(budget),
+        total_steps=total_steps,
+        block=resolve_block(block),
+        exclude=tuple(exclude),
+        strict=strict,
+        block_was_given=block != "auto",
+    )
+
+
+def check_total_steps(total_steps: Any) -> int:
+    """A positive int. Raises TypeError or ValueError otherwise."""
+    if isinstance(total_steps, bool) or not isinstance(total_steps, int):
+        raise TypeError(f"total_steps is the number of optimizer steps of the whole run, an int; got {total_steps!r}")
+    if total_steps <= 0:
+        raise ValueError(f"total_steps is the number of optimizer steps of the whole run, above 0; got {total_steps}")
+    return total_steps
+
+
+def inductor_patches(mode: str | None) -> dict[str, Any]:
+    """Inductor's settings for a `mode` of `torch.compile`.
+
+    Raises ValueError for a mode that replays CUDA graphs or does not exist.
+    """
+    if mode is None or mode == "default":
+        return {}
+    if mode not in MODES:
+        raise ValueError(
+            f"mode {mode!r} is not available with backend 'ctrlprune', which takes {list(MODES)}: masks change between "
+            "steps, and a replayed CUDA graph would not see kernels chosen anew"
+        )
+    from torch._inductor import list_mode_options
+
+    patches = dict(list_mode_options(mode))
+    patches["triton.cudagraphs"] = False
+    return patches

@@ -1,0 +1,43 @@
+"""Moves a ReLU or GELU that is the only reader of a gated linear into the linear's last step."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import fx
+
+from ctrlcompile import ops
+from ctrlcompile.passes.graph_edit import argument, clean
+
+RELU = (F.relu, torch.relu, torch.ops.aten.relu.default)
+GELU = (F.gelu, torch._C._nn.gelu)
+
+
+def fuse_activation(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> fx.GraphModule:
+    """`activation(linear(x))` becomes one `ctrlprune::linear` with that activation."""
+    for node in list(gm.graph.nodes):
+        activation = _activation(node)
+        if activation is None:
+            continue
+        item = argument(node, 0, "input")
+        call = item.args[0] if isinstance(item, fx.Node) and item.args else None
+        gated = isinstance(call, fx.Node) and call.target is ops.linear.default and call.args[-1] == "none"
+        if gated and len(item.users) == 1:
+            call.update_arg(len(call.args) - 1, activation)
+            item.meta["example_value"] = node.meta["example_value"]
+            node.replace_all_uses_with(item)
+            gm.graph.erase_node(node)
+    return clean(gm)
+
+
+def _activation(node: fx.Node) -> str | None:
+    if node.op == "call_method" and node.target == "relu":
+        return "relu"
+    if node.op != "call_function":
+        return None
+    if node.target in RELU:
+        return "relu"
+    if node.target in GELU:
+        return {"none": "gelu", "tanh": "gelu_tanh"}.get(argument(node, 1, "approximate", "none"))
+    return None
