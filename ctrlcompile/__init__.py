@@ -1,5 +1,12 @@
-"""Prunes a model while it trains, and makes the pruned blocks cost nothing."""
+"""Prunes a model while it trains, and makes the pruned blocks cost nothing.
 
+>>> model = torch.compile(model, backend="ctrlprune", options={"budget": 0.4, "total_steps": 5000})  # doctest: +SKIP
+"""
+
+from ctrlcompile.controller.budget import Budget, BudgetError
+from ctrlcompile.follow import controller_of
 from ctrlcompile.gate import Gate, gates
+from ctrlcompile.inspect import explain
+from ctrlcompile.model_controller import Controller
 
-__all__ = ["Gate", "gates"]
+__all__ = ["Budget", "BudgetError", "Controller", "Gate", "controller_of", "explain", "gates"]

@@ -27,12 +27,13 @@ KEEP_ZERO: tuple[type[torch.optim.Optimizer], ...] = (
 )  # fmt: skip
 
 _wanted: weakref.WeakKeyDictionary[Gate, Options] = weakref.WeakKeyDictionary()
+_in_the_open: weakref.WeakSet[Gate] = weakref.WeakSet()
 _driven: weakref.WeakKeyDictionary[torch.optim.Optimizer, list[Controller]] = weakref.WeakKeyDictionary()
 
 
 def adopt(gate: Gate, options: Options) -> None:
     """Has a gate driven from whichever optimizer steps its Parameter, as `options` say."""
-    if gate not in _wanted:
+    if gate not in _wanted and gate not in _in_the_open:
         _wanted[gate] = options
         meter.listening = True
 
@@ -43,27 +44,20 @@ def controller_of(optimizer: torch.optim.Optimizer) -> Controller | None:
     return controllers[0] if controllers else None
 
 
-def own(gates: dict[str, Gate], optimizer: torch.optim.Optimizer) -> None:
-    """Takes gates out of the one-line form's hands: a controller in the open drives them.
-
-    Raises ValueError when the optimizer steps none of the gated Parameters.
-    """
-    parameters = {id(parameter) for parameter in _parameters(optimizer)}
-    mine = [gate for gate in gates.values() if id(gate.weight) in parameters]
-    if gates and not mine:
-        raise ValueError(
-            "the optimizer steps none of the model's gated Parameters; pass the one that trains this model"
-        )
-    for gate in mine:
-        gate.stepped_by(optimizer)
+def leave(gate: Gate, optimizer: torch.optim.Optimizer) -> None:
+    """Has a gate left to a controller that its user steps; `optimizer` is the one that steps its Parameter."""
+    gate.stepped_by(optimizer)
+    _wanted.pop(gate, None)
+    _in_the_open.add(gate)
 
 
-def _parameters(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+def parameters(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    """All Parameters that an optimizer steps."""
     return [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
 
 def _after_step(optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    gates = [gate for parameter in _parameters(optimizer) if (gate := registry.get(parameter)) is not None]
+    gates = [gate for parameter in parameters(optimizer) if (gate := registry.get(parameter)) is not None]
     if not gates:
         return
     keeps_zero = type(optimizer) in KEEP_ZERO
@@ -75,7 +69,7 @@ def _after_step(optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs:
     if optimizer not in _driven:
         _start(optimizer, gates)
     for controller in _driven.get(optimizer, ()):
-        controller.step()
+        controller.advance()
 
 
 def _start(optimizer: torch.optim.Optimizer, gates: list[Gate]) -> None:
@@ -87,7 +81,7 @@ def _start(optimizer: torch.optim.Optimizer, gates: list[Gate]) -> None:
     controllers = []
     for options, named in groups.items():
         assert options.budget is not None
-        controllers.append(Controller(named, counter_for(named), options.budget, options.total_steps))
+        controllers.append(Controller(named, counter_for(named), options.budget, options.total_steps, driven=True))
         logger.info("a controller drives %d gates from %s", len(named), type(optimizer).__name__)
     if controllers:
         _driven[optimizer] = controllers

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch._subclasses import FakeTensor
 from torch.utils.flop_counter import register_flop_formula
 
-from ctrlcompile.kernels import cpu_linear, reference
+from ctrlcompile.kernels import cpu_linear, isa, reference
 from ctrlcompile.kernels.index_lists import BlockLists, expand, mask_of
 
 ACTIVATIONS = reference.ACTIVATIONS
@@ -117,6 +117,12 @@ def why_no_kernel(device: torch.device, x_dtype: torch.dtype, weight_dtype: torc
             warnings.warn(f"ctrlcompile computes gated layers densely: {error}", RuntimeWarning, stacklevel=2)
         return _broken[key]
     return None
+
+
+def kernel_name(device: torch.device, x_dtype: torch.dtype, weight_dtype: torch.dtype) -> str:
+    """What users call the kernel for these types: language, instruction set, type."""
+    types = {x_dtype, weight_dtype}
+    return f"C++ {isa.current().name} {' x '.join(sorted(str(dtype).removeprefix('torch.') for dtype in types))}"
 
 
 def _kernel(x: Tensor, weight: Tensor, block: tuple[int, int]) -> Any:

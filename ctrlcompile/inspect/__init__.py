@@ -1,1 +1,5 @@
-"""What the compiled model does, as tables for people."""
+"""What was done to a model, for people: `explain`."""
+
+from ctrlcompile.inspect.explain import Explanation, Row, explain
+
+__all__ = ["Explanation", "Row", "explain"]

@@ -1,0 +1,60 @@
+"""The controller in the open: made from a model, stepped in the user's own loop."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from ctrlcompile import controller, follow
+from ctrlcompile.controller.budget import Budget
+from ctrlcompile.cost import counter_for
+from ctrlcompile.gate import BlockChoice, gates
+
+
+class Controller(controller.Controller):
+    """Lands a model's training run on its budget by switching blocks of its weights off, and on again.
+
+    Make it before the model's first compiled call, and call `step` once after each `optimizer.step()`:
+
+    >>> controller = cc.Controller(model, budget=0.4, total_steps=5000, optimizer=optimizer)  # doctest: +SKIP
+    >>> model = torch.compile(model, backend="ctrlprune")  # doctest: +SKIP
+    >>> loss.backward(); optimizer.step(); controller.step(loss)  # doctest: +SKIP
+
+    Args:
+        model: plain or compiled; its linears are gated as `ctrlcompile.gates` does.
+        budget: what the run may use: a `Budget`, or the share of the dense run's training FLOPs, in (0, 1].
+        total_steps: optimizer steps of the whole run; None: the budget is a rate to hold.
+        optimizer: the one that steps the model's Parameters, whose state of a pruned block is zeroed with it.
+        block, exclude: as for `ctrlcompile.gates`.
+        interval: optimizer steps between decisions; by default a hundredth of the run, 1 to 50.
+
+    Raises:
+        TypeError, ValueError: a wrong argument, a model without a weight to gate, an optimizer of another model.
+        BudgetError: from the first `step`, where the model cannot meet the budget.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        budget: float | Budget,
+        optimizer: torch.optim.Optimizer,
+        total_steps: int | None = None,
+        block: BlockChoice = "auto",
+        exclude: Sequence[str] = (),
+        interval: int | None = None,
+    ) -> None:
+        if not isinstance(optimizer, torch.optim.Optimizer):
+            raise TypeError(
+                f"optimizer is the torch.optim.Optimizer that trains the model; got {type(optimizer).__name__}"
+            )
+        found = gates(model, block, exclude=exclude)
+        stepped = {id(parameter) for parameter in follow.parameters(optimizer)}
+        if found and not any(id(gate.weight) in stepped for gate in found.values()):
+            raise ValueError(
+                "the optimizer steps none of the model's gated Parameters; pass the one that trains this model"
+            )
+        trained = {name: gate for name, gate in found.items() if id(gate.weight) in stepped}
+        super().__init__(trained, counter_for(trained), budget, total_steps, interval=interval)
+        for gate in trained.values():
+            follow.leave(gate, optimizer)
