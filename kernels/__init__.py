@@ -3,6 +3,11 @@
 index_lists   which blocks are active, as compressed rows and columns of fixed capacity
 reference     what the layer computes, in plain PyTorch: the specification
 cpu_linear    forward, input gradient and weight gradient on the CPU
+cpp_rows      generates their C++: forward and input gradient
+cpp_wgrad     generates their C++: weight gradient
+cpp_vectors   what both begin with: vector types, bfloat16, activations
+isa           instruction sets, and how a kernel fills their registers
+build         compiles C++, and keeps the result on disk
 
 Everything here imports torch and nothing else of this project.
 """

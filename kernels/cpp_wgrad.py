@@ -1,0 +1,235 @@
+"""C++ for the weight gradient: for each listed block, a product over all rows of x and of the output's gradient.
+
+The plan of one call: rows are taken in chunks that fit the caches; a chunk of both inputs is packed by columns of blocks,
+[block][row][column of the block]; then every listed block multiplies its two panels. A block's sums stay in the first-level
+cache for a chunk and in a scratch buffer between chunks, in float32. The last chunk rounds and writes them, together with
+the block's two signals. Probed blocks take the same way without being written; all other blocks are written zero.
+"""
+
+import torch
+
+from . import cpp_vectors
+from .isa import Isa, panels
+
+
+def source(isa: Isa, block: tuple[int, int], x_dtype: torch.dtype, weight_dtype: torch.dtype) -> str:
+    """C++ for blocks of `block` (sides along the weight's rows and columns)."""
+    strips = panels(block[1], isa)
+    calls = "\n".join(f"    strip<v{s.lanes}, {s.vectors}, {s.rows}, {s.first}>(g, x, rows, sums);" for s in strips)
+    return (
+        f"// Block-sparse linear, weight gradient: {block[0]} x {block[1]} blocks (output x input columns), "
+        f"{x_dtype} x {weight_dtype}, {isa.name}.\n"
+        "// Generated; kept beside the library for whoever wants to read it.\n"
+        + cpp_vectors.prelude(isa)
+        + f"""
+typedef {cpp_vectors.SCALARS[str(x_dtype)]} x_t;
+typedef {cpp_vectors.SCALARS[str(weight_dtype)]} w_t;
+constexpr int OUT = {block[0]}, IN = {block[1]};
+constexpr int64_t RESIDENT = {_resident_rows(block)};  // rows whose two panels fit the first-level cache
+"""
+        + _BODY.replace("$CALLS", calls)
+    )
+
+
+def _resident_rows(block: tuple[int, int]) -> int:
+    return max(32, 24 * 1024 // (4 * (block[0] + block[1])) // 8 * 8)
+
+
+_BODY = """
+struct Entry { int32_t row, column, written; };  // a block to compute; written: active, else probed
+
+// ---- packing -------------------------------------------------------------------------------------------------------
+
+// Rows [first, last) of `from` [rows, size], for each block of columns SIDE wide that is used: to[block][row][column].
+template <int SIDE>
+void pack(const x_t* from, int64_t stride, int64_t size, const char* used, int64_t first, int64_t last, int64_t panel,
+          float* to) {
+  for (int64_t m = first; m < last; ++m) {
+    const x_t* row = from + m * stride;
+    float* out = to + (m - first) * SIDE;
+    for (int64_t c = 0; c < size; c += SIDE, ++used, out += panel) {
+      if (!*used) continue;
+      if (c + SIDE <= size) {
+        for (int i = 0; i < SIDE; i += Narrow::lanes) store<Narrow>(out + i, load<Narrow>(row + c + i));
+      } else {
+        for (int i = 0; i < SIDE; ++i) out[i] = c + i < size ? to_float(row[c + i]) : 0.0f;
+      }
+    }
+    used -= (size + SIDE - 1) / SIDE;
+  }
+}
+
+// ---- the inner kernel ----------------------------------------------------------------------------------------------
+
+// sums[ROWS rows of the block][a strip] += g^T x over `rows` rows.
+template <class V, int VECTORS, int ROWS>
+__attribute__((noinline)) void kernel(const float* g, const float* x, int64_t rows, float* sums) {
+  typename V::f acc[ROWS][VECTORS];
+  UNROLL for (int i = 0; i < ROWS; ++i)
+    UNROLL for (int v = 0; v < VECTORS; ++v) acc[i][v] = load<V>(sums + i * IN + v * V::lanes);
+  auto step = [&](int m) __attribute__((always_inline)) {
+    typename V::f b[VECTORS];
+    UNROLL for (int v = 0; v < VECTORS; ++v) b[v] = load<V>(x + m * IN + v * V::lanes);
+    UNROLL for (int i = 0; i < ROWS; ++i)
+      UNROLL for (int v = 0; v < VECTORS; ++v) acc[i][v] += g[m * OUT + i] * b[v];
+  };
+  for (; rows >= 4; rows -= 4, g += 4 * OUT, x += 4 * IN) {
+    step(0);
+    step(1);
+    step(2);
+    step(3);
+  }
+  for (; rows > 0; --rows, g += OUT, x += IN) step(0);
+  UNROLL for (int i = 0; i < ROWS; ++i)
+    UNROLL for (int v = 0; v < VECTORS; ++v) store<V>(sums + i * IN + v * V::lanes, acc[i][v]);
+}
+
+// One strip of the block's columns, its rows in groups of nearly equal size.
+template <class V, int VECTORS, int ROWS, int AT>
+void strip(const float* g, const float* x, int64_t rows, float* sums) {
+  constexpr int GROUPS = (OUT + ROWS - 1) / ROWS, SMALL = OUT / GROUPS, LARGER = OUT % GROUPS;
+  int row = 0;
+  for (int i = 0; i < LARGER; ++i, row += SMALL + 1)
+    kernel<V, VECTORS, SMALL + (LARGER > 0)>(g + row, x + AT, rows, sums + row * IN + AT);
+  for (int i = LARGER; i < GROUPS; ++i, row += SMALL)
+    kernel<V, VECTORS, SMALL>(g + row, x + AT, rows, sums + row * IN + AT);
+}
+
+void product(const float* g, const float* x, int64_t rows, float* sums) {
+$CALLS
+}
+
+// ---- what becomes of the sums --------------------------------------------------------------------------------------
+
+// Writes an active block's gradient; both signals of a block come from the sums before they are rounded.
+void finish(const Entry& e, const float* sums, const w_t* weight, int64_t weight_stride, w_t* gradient, int64_t n,
+            int64_t k, float* times_weight, float* squared) {
+  const int64_t r = (int64_t)e.row * OUT, c = (int64_t)e.column * IN;
+  const int height = std::min<int64_t>(OUT, n - r), width = std::min<int64_t>(IN, k - c);
+  Narrow::f products = {}, squares = {};
+  float product_tail = 0, square_tail = 0;
+  for (int i = 0; i < height; ++i, sums += IN) {
+    const w_t* w = weight + (r + i) * weight_stride + c;
+    w_t* out = gradient + (r + i) * k + c;
+    int j = 0;
+    for (; j + Narrow::lanes <= width; j += Narrow::lanes) {
+      const Narrow::f g = load<Narrow>(sums + j);
+      squares += g * g;
+      if (e.written) {
+        products += g * load<Narrow>(w + j);
+        store<Narrow>(out + j, g);
+      }
+    }
+    for (; j < width; ++j) {
+      square_tail += sums[j] * sums[j];
+      if (e.written) {
+        product_tail += sums[j] * to_float(w[j]);
+        round_to(out + j, sums[j]);
+      }
+    }
+  }
+  *squared = sum<Narrow>(squares) + square_tail;
+  *times_weight = sum<Narrow>(products) + product_tail;
+}
+
+// Zeroes the blocks of block row r that the list leaves out, and their signals.
+void clear_row(const int32_t* list, int length, int64_t r, int64_t columns, w_t* gradient, int64_t n, int64_t k,
+               float* signals, int64_t blocks) {
+  const int64_t height = std::min<int64_t>(OUT, n - r * OUT);
+  for (int64_t c = 0; c < columns; ++c) signals[r * columns + c] = signals[blocks + r * columns + c] = 0;
+  for (int64_t i = r * OUT; i < r * OUT + height; ++i) {
+    w_t* row = gradient + i * k;
+    int64_t done = 0;
+    for (int j = 0; j < length; ++j) {
+      const int64_t c = (int64_t)list[j] * IN;
+      std::memset(row + done, 0, (c - done) * sizeof(w_t));
+      done = std::min(c + IN, k);
+    }
+    std::memset(row + done, 0, (k - done) * sizeof(w_t));
+  }
+}
+
+// ---- the plan ------------------------------------------------------------------------------------------------------
+
+struct Plan {
+  int64_t height, width, blocks, chunks, chunk, g_floats, x_floats, kept_floats;
+  Plan(int64_t rows, int64_t n, int64_t k, int64_t chunk_rows) {
+    height = (n + OUT - 1) / OUT;
+    width = (k + IN - 1) / IN;
+    blocks = height * width;
+    chunks = std::max<int64_t>(1, (rows + chunk_rows - 1) / chunk_rows);
+    chunk = (rows + chunks - 1) / chunks;
+    g_floats = height * OUT * chunk;
+    x_floats = width * IN * chunk;
+    kept_floats = chunks > 1 ? blocks * OUT * IN : 0;
+  }
+};
+
+}  // namespace
+
+// Bytes of scratch that run() needs.
+extern "C" int64_t scratch_bytes(int64_t rows, int64_t n, int64_t k, int64_t probes, int64_t chunk_rows) {
+  const Plan p(rows, n, k, chunk_rows);
+  return 4 * (p.g_floats + p.x_floats + p.kept_floats) + (p.blocks + probes) * (int64_t)sizeof(Entry) + p.height + p.width;
+}
+
+// g [rows, n], x [rows, k], weight and gradient [n, k], signals [2, blocks].
+extern "C" void run(const x_t* g, int64_t g_stride, const x_t* x, int64_t x_stride, const w_t* weight,
+                    int64_t weight_stride, const int32_t* offsets, const int32_t* indices, const int32_t* probes,
+                    int64_t probe_count, w_t* gradient, float* signals, int64_t rows, int64_t n, int64_t k,
+                    int64_t chunk_rows, int threads, float* scratch) {
+  const Plan p(rows, n, k, chunk_rows);
+  float* const packed_g = scratch;
+  float* const packed_x = packed_g + p.g_floats;
+  float* const kept = packed_x + p.x_floats;
+  Entry* const entries = (Entry*)(kept + p.kept_floats);
+  char* const used_rows = (char*)(entries + p.blocks + probe_count);
+  char* const used_columns = used_rows + p.height;
+  std::memset(used_rows, 0, p.height + p.width);
+  int64_t count = 0;
+  auto add = [&](int64_t r, int64_t c, bool written) {
+    entries[count++] = {(int32_t)r, (int32_t)c, written};
+    used_rows[r] = used_columns[c] = 1;
+  };
+  for (int64_t r = 0; r < p.height; ++r)
+    for (int j = offsets[r]; j < offsets[r + 1]; ++j) add(r, indices[j], true);
+  for (int64_t i = 0; i < probe_count; ++i)
+    if (probes[i] >= 0) add(probes[i] / p.width, probes[i] % p.width, false);
+
+#pragma omp parallel num_threads(threads)
+  {
+#pragma omp for schedule(dynamic, 4)
+    for (int64_t r = 0; r < p.height; ++r)
+      clear_row(indices + offsets[r], offsets[r + 1] - offsets[r], r, p.width, gradient, n, k, signals, p.blocks);
+
+    for (int64_t q = 0; q < p.chunks; ++q) {
+      const int64_t first = part(rows, p.chunks, q), last = part(rows, p.chunks, q + 1), size = last - first;
+      const int64_t pieces = (size + 15) / 16;
+#pragma omp for schedule(dynamic, 1)
+      for (int64_t i = 0; i < pieces; ++i) {
+        const int64_t from = first + i * 16, to = std::min(from + 16, last);
+        pack<OUT>(g, g_stride, n, used_rows, from, to, p.chunk * OUT, packed_g + i * 16 * OUT);
+        pack<IN>(x, x_stride, k, used_columns, from, to, p.chunk * IN, packed_x + i * 16 * IN);
+      }
+#pragma omp for schedule(dynamic, 2)
+      for (int64_t i = 0; i < count; ++i) {
+        const Entry e = entries[i];
+        alignas(64) float sums[OUT * IN];
+        if (q == 0)
+          std::memset(sums, 0, sizeof sums);
+        else
+          std::memcpy(sums, kept + i * OUT * IN, sizeof sums);
+        const float* gp = packed_g + e.row * p.chunk * OUT;
+        const float* xp = packed_x + e.column * p.chunk * IN;
+        for (int64_t m = 0; m < size; m += RESIDENT)
+          product(gp + m * OUT, xp + m * IN, std::min(RESIDENT, size - m), sums);
+        const int64_t at = (int64_t)e.row * p.width + e.column;
+        if (q + 1 < p.chunks)
+          std::memcpy(kept + i * OUT * IN, sums, sizeof sums);
+        else
+          finish(e, sums, weight, weight_stride, gradient, n, k, signals + at, signals + p.blocks + at);
+      }
+    }
+  }
+}
+"""

@@ -1,0 +1,78 @@
+"""The instruction sets that a kernel can be generated for, and how each fills its registers.
+
+All are generated from one text with vector types of the compiler (`__attribute__((vector_size))`); an instruction set
+only says how wide a vector is, how many registers there are, and what the compiler is told.
+"""
+
+import os
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+
+
+@dataclass(frozen=True)
+class Isa:
+    """`lanes` float32 values a vector, `registers` vectors, `flags` for the compiler."""
+
+    name: str
+    lanes: int
+    registers: int
+    flags: tuple[str, ...]
+
+
+AVX512 = Isa("avx512", 16, 32, ("-mavx512f", "-mavx512dq", "-mavx512bw", "-mavx512vl", "-mavx2", "-mfma"))
+AVX2 = Isa("avx2", 8, 16, ("-mavx2", "-mfma"))
+PORTABLE = Isa("portable", 4, 16, ())
+ALL = {isa.name: isa for isa in (AVX512, AVX2, PORTABLE)}
+
+
+def current() -> Isa:
+    """The best one of this CPU, as torch sees it, or the one that `CTRLCOMPILE_ISA` names.
+
+    Raises ValueError when the variable names none.
+    """
+    name = os.environ.get("CTRLCOMPILE_ISA")
+    if name:
+        if name not in ALL:
+            raise ValueError(f"CTRLCOMPILE_ISA={name!r} is no instruction set; allowed are {', '.join(ALL)}")
+        return ALL[name]
+    return {"AVX512": AVX512, "AVX2": AVX2}.get(torch.backends.cpu.get_cpu_capability(), PORTABLE)
+
+
+class Panel(NamedTuple):
+    """A strip of a block's columns whose sums stay in registers: `rows` x (`vectors` * `lanes`) of them at a time."""
+
+    first: int  # column of the block that it starts at
+    lanes: int
+    vectors: int
+    rows: int
+
+    @property
+    def width(self) -> int:
+        """Number of columns."""
+        return self.vectors * self.lanes
+
+
+def panels(width: int, isa: Isa) -> list[Panel]:
+    """Covers `width` columns, a multiple of 8, with strips that keep the multiply-add units busy.
+
+    The sums of a strip have to hide the latency of a multiply-add (8 of them or more do), and a step needs a vector load
+    for each vector and a broadcast load for each row, which share two load ports: both want strips as large as the
+    registers allow, and nearly square.
+    """
+    units, half = divmod(width, isa.lanes)
+    strips: list[Panel] = []
+    if units:
+        count = -(-units // 4) if isa.registers == 32 else max(1, units // 2)
+        first = 0
+        for i in range(count):
+            vectors = units // count + (i < units % count)
+            strips.append(Panel(first, isa.lanes, vectors, _ROWS[isa.registers][vectors]))
+            first += vectors * isa.lanes
+    if half:
+        strips.append(Panel(width - half, half, 1, _ROWS[isa.registers][1]))
+    return strips
+
+
+_ROWS = {16: {1: 12, 2: 6, 3: 4}, 32: {1: 14, 2: 12, 3: 8, 4: 6}}  # registers -> vectors -> rows
