@@ -1,0 +1,128 @@
+"""Saving the controller's state as plain tensors and numbers, and resuming from it exactly."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from .budget import Ledger
+from .price import Feedback
+from .ramp import Ramp
+
+if TYPE_CHECKING:
+    from .controller import Controller
+
+VERSION = 1
+NUMBERS = ("steps", "price", "settled", "reactivations", "history", "_next", "_planned", "_since", "_density")
+
+
+def save(controller: Controller) -> dict[str, Any]:
+    """The whole state, sharing nothing with the controller."""
+    c = controller
+    loss = c._loss if c._loss is None else float(c._loss)
+    return {
+        **_identity(c),
+        "numbers": copy.deepcopy({name: getattr(c, name) for name in NUMBERS}) | {"_loss": loss},
+        "ledger": copy.deepcopy(vars(c._ledger)),
+        "ramp": dict(vars(c._ramp)),
+        "feedback": dict(vars(c._feedback)),
+        "cursor": list(c._rotation.cursor),
+        "credit": list(c._rotation.credit),
+        "probing": [[ids.clone() for ids in step] for step in c._probing],
+        "tensors": {name: tensor.clone() for name, tensor in _tensors(c).items()},
+    }
+
+
+def load(controller: Controller, state: Mapping[str, Any]) -> None:
+    """Checks everything, then resumes; see `Controller.load_state_dict`."""
+    c = controller
+    _check(c, state)
+    own = _tensors(c)
+    masks = state["tensors"]["active"].to(own["active"].device)
+    for gate, mask in zip(c._list, c._layout.split(masks), strict=True):
+        if not torch.equal(gate.mask.flatten(), mask):
+            gate.update_(mask.view(gate.grid))
+    for name, tensor in own.items():
+        tensor.copy_(state["tensors"][name])
+    for name, value in copy.deepcopy(dict(state["numbers"])).items():
+        setattr(c, name, value)
+    c._ledger = Ledger(**copy.deepcopy(dict(state["ledger"])))
+    c._ramp = Ramp(**state["ramp"])
+    c._feedback = Feedback(**state["feedback"])
+    c._rotation.cursor, c._rotation.credit = list(state["cursor"]), list(state["credit"])
+    c._probing = [[ids.to(masks.device, copy=True) for ids in step] for step in state["probing"]]
+    c._inbox.clear()
+    c._probed = [True] * len(c._list)
+    c._probe()
+
+
+def _identity(c: Controller) -> dict[str, Any]:
+    """What a checkpoint and the controller that resumes from it must have in common."""
+    return {
+        "version": VERSION,
+        "gates": {
+            name: {"shape": list(gate.shape), "block": list(gate.block), "grid": list(gate.grid)}
+            for name, gate in c.gates.items()
+        },
+        "budget": c.budget.flops,
+        "total_steps": c.total_steps,
+        "interval": c.interval,
+    }
+
+
+def _tensors(c: Controller) -> dict[str, Tensor]:
+    return {
+        "active": c._blocks.active,
+        "switched": c._blocks.switched,
+        "returns": c._blocks.returns,
+        "signals_total": c._signals.total,
+        "signals_weight": c._signals.weight,
+        "typical": c._signals.typical,
+        "level": c._signals.level,
+        "order": c._rotation.order,
+    }
+
+
+def _check(c: Controller, state: Mapping[str, Any]) -> None:
+    """Raises ValueError, in the words of who passed `state`, unless it is a checkpoint of this run."""
+    mine = _identity(c)
+    expected = {*mine, "numbers", "ledger", "ramp", "feedback", "cursor", "credit", "probing", "tensors"}
+    if missing := expected - state.keys():
+        raise ValueError(
+            f"state: no state_dict of a Controller, {', '.join(sorted(missing))} missing; nothing was changed. "
+            f"Pass what controller.state_dict() returned"
+        )
+    if state["version"] != VERSION:
+        raise ValueError(
+            f"state: version {state['version']!r}; this release reads version {VERSION}; nothing was changed. "
+            f"Resume with the release that saved it, or start a new controller"
+        )
+    theirs, ours = state["gates"], mine["gates"]
+    if list(theirs) != list(ours):
+        odd = sorted(set(theirs) ^ set(ours)) or ["the same names in another order"]
+        raise ValueError(
+            f"state: saved with another model; it has {len(theirs)} gates, this model has {len(ours)}; they differ in "
+            f"{', '.join(odd[:3])}{' …' if len(odd) > 3 else ''}; nothing was changed. "
+            f"Load it into the model it was saved with"
+        )
+    for name, gate in ours.items():
+        for what, value in gate.items():
+            if list(theirs[name][what]) != value:
+                raise ValueError(
+                    f"state: saved with another model; {what} of gate {name!r} is {tuple(theirs[name][what])} in the "
+                    f"checkpoint and {tuple(value)} here; nothing was changed"
+                )
+    for what in ("budget", "total_steps", "interval"):
+        if state[what] != mine[what]:
+            raise ValueError(
+                f"state: saved with {what}={state[what]!r}, this controller has {what}={mine[what]!r}; nothing was "
+                f"changed. Make the controller with {what}={state[what]!r} to resume"
+            )
+    for name, tensor in _tensors(c).items():
+        saved = state["tensors"].get(name)
+        if saved is None or saved.shape != tensor.shape or saved.dtype != tensor.dtype:
+            raise ValueError(f"state: tensor {name!r} is damaged or missing; nothing was changed")

@@ -1,0 +1,55 @@
+"""What the controller asks of the outside: a gate to switch, and the cost of the step that has just run.
+
+The controller knows nothing of graphs or kernels. Anything that looks like `Gate` can be controlled, and anything that
+returns a `StepCost` can be its meter; the tests drive it with a simulated model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class StepCost:
+    """FLOPs, forward and backward, of everything that ran in one optimizer step.
+
+    Attributes:
+        dense: what the dense model would have used (all matrix work, gated or not).
+        fixed: the part that gating cannot change.
+        gated: for each gate that ran, the FLOPs of its products at density 1 (forward, dgrad if any, wgrad).
+        used: what was used: `fixed`, the active blocks and the probes.
+    """
+
+    dense: float
+    fixed: float
+    gated: Mapping[Any, float] = field(default_factory=dict)
+    used: float = 0.0
+
+
+class Gate(Protocol):
+    """The block mask of one weight, as far as the controller needs it. Gates are compared by identity."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def shape(self) -> tuple[int, int]: ...
+    @property
+    def block(self) -> tuple[int, int]: ...
+    @property
+    def grid(self) -> tuple[int, int]: ...
+    @property
+    def mask(self) -> Tensor: ...  # bool [R, C]
+    @property
+    def density(self) -> float: ...
+    @property
+    def probes(self) -> Tensor: ...  # int32 [P]; P is the most blocks that one step can probe
+    @property
+    def signals(self) -> Tensor: ...  # float32 [2, R, C]; its .grad receives sum(w·g) and sum(g²) of each block
+    @property
+    def block_area(self) -> Tensor: ...  # float32 [R, C], weight entries in each block
+    def update_(self, mask: Tensor) -> None: ...
+    def probe_(self, block_ids: Tensor) -> None: ...

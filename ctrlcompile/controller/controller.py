@@ -1,0 +1,341 @@
+"""The feedback loop: measure → settle → ramp → price → decide → act, once per optimizer step."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from . import checkpoint
+from .budget import Budget, BudgetError, Ledger
+from .contract import Gate, StepCost
+from .decide import Blocks, Decision, decide, swap_limit
+from .price import Feedback
+from .probes import SPEND, Rotation
+from .ramp import OPEN_ENDED, Ramp
+from .signals import Inbox, Layout, Signals, settled
+
+log = logging.getLogger(__name__)
+
+MIN_DENSITY = 0.02  # of each gate's blocks; at least one
+
+
+class Controller:
+    """Lands a training run on its budget by switching the blocks of gates off, and on again.
+
+    Args:
+        gates: name -> `Gate`, all on one device.
+        meter: returns the `StepCost` of the optimizer step that has just run.
+        budget: a `Budget`, or the share of the dense run's training FLOPs in (0, 1].
+        total_steps: optimizer steps of the run. None holds the rate: after a dense start and a ramp of fixed length,
+            what comes costs `budget` times dense; the dense start is not paid back.
+        interval: optimizer steps between decisions; by default a hundredth of the run, 1 to 50.
+        min_density: share of each gate's blocks that always stays.
+        driven: True where a hook calls `advance` after each optimizer step; `step` then only notes the loss.
+
+    Attributes:
+        steps: optimizer steps seen.
+        price: benefit (loss) per share of the gateable FLOPs at which the marginal block is kept.
+        settled: 0 to 1, how far the ranking of blocks has stopped changing.
+        reactivations: blocks brought back so far.
+        history: a record per decision, plain numbers.
+
+    Raises:
+        ValueError: a wrong argument.
+        BudgetError: after the first step, where the model cannot meet the budget.
+    """
+
+    def __init__(
+        self,
+        gates: Mapping[str, Gate],
+        meter: Callable[[], StepCost],
+        budget: float | Budget,
+        total_steps: int | None = None,
+        *,
+        interval: int | None = None,
+        min_density: float = MIN_DENSITY,
+        driven: bool = False,
+    ) -> None:
+        self.budget = Budget.of(budget)
+        self.total_steps = None if total_steps is None else _positive("total_steps", total_steps, "optimizer steps")
+        length = self.total_steps or OPEN_ENDED
+        default = min(50, max(1, length // 100))
+        self.interval = default if interval is None else _positive("interval", interval, "steps between decisions")
+        if not 0 <= min_density <= 1:
+            raise ValueError(f"min_density: got {min_density!r}; allowed is 0 to 1, a share of each gate's blocks")
+        if not gates:
+            raise ValueError(
+                "gates: got none; the model has no weight that can be gated, so there is nothing to control"
+            )
+        devices = {str(gate.signals.device) for gate in gates.values()}
+        if len(devices) > 1:
+            raise ValueError(f"gates: got weights on {', '.join(sorted(devices))}; allowed is one device for all")
+
+        self.gates = dict(gates)
+        self.meter = meter
+        self.driven = driven
+        self._list = list(self.gates.values())
+        self._own = set(self._list)
+        self._layout = Layout.of(self._list)
+        self._inbox = Inbox(self._list, self._layout)
+        sizes = self._layout.lengths
+        self._least = (sizes * min_density).ceil().long().clamp(min=1)
+        self._capacity = [gate.probes.numel() for gate in self._list]
+        self._slow = max(10, 2 * self.interval)
+        self._dwell = max(2 * self.interval, length // 20)
+
+        self.steps = 0
+        self.price = 0.0
+        self.settled = 0.0
+        self.reactivations = 0
+        self.history: list[dict[str, Any]] = []
+        self._loss: float | Tensor | None = None
+        self._next = 1  # step of the next decision
+        self._planned = 1.0  # share of the gateable FLOPs that the steps since the last decision were to use
+        self._since = [0.0, 0.0]  # gateable FLOPs since then: used, at density 1
+        self._ledger = Ledger()
+        self._signals = Signals.of(self._layout, (self._slow / 4, self._slow, 10 * self._slow))
+        self._blocks = Blocks.of(self._masks())
+        self._density = float(self._cost()[self._blocks.active].sum())
+        self._ramp = Ramp(level=self._density)
+        self._feedback = Feedback()
+        self._rotation = Rotation.of(self._layout)
+        self._probing: list[list[Tensor]] = []  # each gate's block ids for each of the coming steps
+        self._probed = [False] * len(self._list)
+
+    # ---------------------------------------------------------------- what users read
+
+    @property
+    def density(self) -> float:
+        """Active share of the FLOPs that gates can switch, 0 to 1."""
+        return self._density
+
+    @property
+    def flops_used(self) -> float:
+        """FLOPs used so far, everything counted."""
+        return self._ledger.used
+
+    @property
+    def flops_dense(self) -> float:
+        """FLOPs that the dense run would have used so far."""
+        return self._ledger.dense
+
+    @property
+    def budget_used(self) -> float:
+        """Used part of the whole run's allowance; without `total_steps`, FLOPs used over FLOPs allowed so far."""
+        left = max(0, (self.total_steps or 0) - self.steps)
+        allowance = self.budget.flops * (self._ledger.dense + left * self._ledger.average_dense)
+        return self._ledger.used / allowance if allowance else 0.0
+
+    def __repr__(self) -> str:
+        of = "open-ended" if self.total_steps is None else f"of {self.total_steps}"
+        return (
+            f"Controller(budget={self.budget.flops:g}, step {self.steps} {of}, {len(self._list)} gates, "
+            f"{self._blocks.active.numel()} blocks, density {self.density:.3f}, budget used {self.budget_used:.1%}, "
+            f"{self.reactivations} reactivations)"
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain tensors and numbers from which `load_state_dict` resumes exactly."""
+        return checkpoint.save(self)
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Resumes where `state` was saved, bit for bit; also switches the gates to the saved masks.
+
+        Raises:
+            ValueError: `state` is of another model, version, budget or length of run. Nothing is changed then.
+        """
+        checkpoint.load(self, state)
+
+    def close(self) -> None:
+        """Leaves the gates as they are: no signals, no probes."""
+        self._probing = []
+        self._probe()
+        self._inbox.close()
+
+    # ---------------------------------------------------------------- the loop
+
+    def step(self, loss: float | Tensor | None = None) -> None:
+        """Call once after each `optimizer.step()`. With `driven=True` a hook does; this then notes the loss."""
+        self._loss = loss.detach() if isinstance(loss, Tensor) else loss
+        if not self.driven:
+            self.advance()
+
+    @torch.no_grad()
+    def advance(self) -> None:
+        """Takes in the optimizer step that has just run, and decides when a decision is due."""
+        self.steps += 1
+        self._probing = self._probing[1:]
+        left = None if self.total_steps is None else self.total_steps - self.steps
+        self._measure()
+        if left == 0:
+            self._probing = []
+            log.info("step %d, the last: %.4f of the dense FLOPs used", self.steps, self._used_share())
+        elif left == -1:
+            log.info("past total_steps=%d: holding density %.3f", self.total_steps, self.density)
+        elif self.steps >= self._next and self._ledger.gated and (left is None or left > 0):
+            self._decide(left)
+        self._probe()
+
+    def _measure(self) -> None:
+        cost = self.meter()
+        gated = [float(cost.gated.get(gate, 0.0)) for gate in self._list]
+        others = sum(flops * gate.density for gate, flops in cost.gated.items() if gate not in self._own)
+        numbers = [cost.dense, cost.fixed + others, cost.used, *gated]
+        arrived = self._inbox.collect()
+        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+            shared = torch.tensor(numbers, dtype=torch.float64, device=arrived.device)
+            dist.all_reduce(arrived)
+            dist.all_reduce(shared)
+            numbers = shared.tolist()
+        self._signals.observe(arrived, self._blocks.active, self._layout)
+        self._inbox.clear()
+        dense, fixed, used, *gated = numbers
+        if dense <= 0:
+            if self.steps == 1:
+                log.warning("no cost was measured in the first step: is the model compiled with backend='ctrlprune'?")
+            return
+        self._ledger.add(dense, fixed, used, gated)
+        self._since[0] += used - fixed
+        self._since[1] += sum(gated)
+        if self._ledger.measured == 1:
+            self._check_budget()
+
+    def _check_budget(self) -> None:
+        ledger = self._ledger
+        sizes = self._layout.lengths.tolist()
+        lowest = sum(g * n / size for g, n, size in zip(ledger.average_gated, self._least.tolist(), sizes, strict=True))
+        left = 10**9 if self.total_steps is None else self.total_steps - self.steps
+        least = ledger.least(left, lowest / ledger.gated if ledger.gated else 0.0)
+        if least > self.budget.flops:
+            raise BudgetError(
+                f"budget: got {self.budget.flops:g}; {ledger.average_fixed / ledger.average_dense:.3f} of this model's "
+                f"training FLOPs cannot be gated, so the least that it can meet is {math.ceil(least * 1e3) / 1e3:.3f}. "
+                f"Ask for that or more, or gate more of the model"
+            )
+
+    def _decide(self, left: int | None) -> None:
+        ledger, ramp = self._ledger, self._ramp
+        self._blocks.active = self._masks()  # the user may have switched blocks
+        cost = self._cost()
+        self._density = float(cost[self._blocks.active].sum())
+        if left is None and ramp.progress < 1:
+            ledger.forgive()
+        allowed = ledger.allowed(self.budget, left or OPEN_ENDED)
+        worth = self._signals.benefit(self._blocks.active, self._layout)
+
+        if ramp.progress < 1:
+            share = min(0.9, max(0.1, allowed / max(ramp.level, 1e-12)))
+            self.settled = settled(self._signals, self._blocks.active, cost, share)
+        before = ramp.started, ramp.progress
+        wanted, take = ramp.plan(
+            self.steps, self.interval, allowed, self.settled, total_steps=self.total_steps, first=self._slow
+        )
+        self._next = self.steps + take
+        if before[0] < 0 <= ramp.started:
+            log.info("step %d: dense warm-up ends, gradients settled to %.2f", self.steps, self.settled)
+        if before[1] < 1 <= ramp.progress:
+            log.info("step %d: ramp ends at density %.3f", self.steps, wanted)
+
+        if ramp.started >= 0 and self._planned > 0 and self._since[1] > 0:
+            planned = self._planned * self._since[1]
+            self._feedback.update((self._since[0] - planned) / planned)
+        self._planned, self._since = wanted, [0.0, 0.0]
+
+        returned = dropped = 0
+        if ramp.started >= 0:
+            decision = decide(
+                self._blocks,
+                worth,
+                cost,
+                self._layout,
+                step=self.steps,
+                ask=self._feedback.ask(wanted),
+                dwell=self._dwell,
+                swap=swap_limit(self.steps, self.total_steps),
+                least=self._least,
+                held=~self._signals.reported(self._layout)[self._layout.gate_of],
+            )
+            returned, dropped = self._act(decision)
+        self._plan_probes(take, wanted)
+        self.history.append(
+            {
+                "step": self.steps,
+                "loss": None if self._loss is None else float(self._loss),
+                "density": self._density,
+                "target": wanted,
+                "price": self.price,
+                "settled": self.settled,
+                "reactivated": returned,
+                "switched_off": dropped,
+                "flops_used": ledger.used,
+                "flops_dense": ledger.dense,
+            }
+        )
+        log.debug("%s", self.history[-1])
+
+    def _act(self, decision: Decision) -> tuple[int, int]:
+        """Switches the gates; returns how many blocks came back and how many went."""
+        blocks = self._blocks
+        changed = decision.active ^ blocks.active
+        back = changed & decision.active
+        counts = self._layout.sums(torch.stack((changed, back)).float()).tolist()
+        for gate, mask, count in zip(self._list, self._layout.split(decision.active), counts[0], strict=True):
+            if count:
+                gate.update_(mask.view(gate.grid))
+        blocks.active = decision.active
+        blocks.switched.masked_fill_(changed, self.steps)
+        blocks.returns += back
+        self._signals.forget_(back)
+        self.price, self._density = decision.price, decision.density
+        returned = int(sum(counts[1]))
+        self.reactivations += returned
+        return returned, int(sum(counts[0])) - returned
+
+    def _plan_probes(self, steps: int, wanted: float) -> None:
+        if swap_limit(self.steps, self.total_steps) == 0:  # nothing comes back any more
+            self._probing = []
+            return
+        ledger, sizes = self._ledger, self._layout.lengths.tolist()
+        self._probing = self._rotation.next(
+            self._blocks.active,
+            [g / ledger.gated / size for g, size in zip(ledger.average_gated, sizes, strict=True)],
+            self._layout,
+            steps=steps,
+            afford=SPEND * (ledger.average_fixed / ledger.gated + max(0.0, wanted)),
+            capacity=self._capacity,
+        )
+
+    def _probe(self) -> None:
+        """Hands each gate the blocks to probe in the coming step."""
+        nothing = self._layout.lengths.new_empty(0)
+        due = self._probing[0] if self._probing else [nothing] * len(self._list)
+        for g, (gate, ids) in enumerate(zip(self._list, due, strict=True)):
+            if ids.numel() or self._probed[g]:
+                gate.probe_(ids)
+            self._probed[g] = ids.numel() > 0
+
+    # ---------------------------------------------------------------- flat views of the gates
+
+    def _masks(self) -> Tensor:
+        return torch.cat([gate.mask.flatten() for gate in self._list])
+
+    def _cost(self) -> Tensor:
+        """Share of the gateable FLOPs, float64 [N]; before the first step, of the gateable weight entries."""
+        per_gate = self._ledger.average_gated or [float(gate.block_area.sum()) for gate in self._list]
+        scale = torch.tensor(per_gate, dtype=torch.float64, device=self._layout.area.device)
+        return self._layout.area * (scale / scale.sum())[self._layout.gate_of]
+
+    def _used_share(self) -> float:
+        return self._ledger.used / self._ledger.dense if self._ledger.dense else 0.0
+
+
+def _positive(name: str, value: Any, unit: str) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"{name}: got {value!r}; allowed is a whole number of {unit}, 1 or more")
+    return value

@@ -1,0 +1,129 @@
+"""Which blocks to keep, to switch off and to bring back; and which inactive ones to look at next.
+
+A block is worth its cost while benefit ≥ price · cost. An inactive block has to be worth (1 + h) times that, and more
+after each earlier return, so that blocks do not chatter; a block that was switched stays as it is for a dwell time,
+which is also what a returned block, whose weights start at zero, has to prove itself in.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .signals import Layout
+
+HYSTERESIS = 0.5  # h
+SWAP = 0.02  # of the active cost, the most that a decision brings back in exchange
+SWAP_ENDS = 0.75  # of the run: what comes back later has no time to become useful
+NEVER = -(2**30)
+
+
+@dataclass
+class Blocks:
+    """State of every block, flat.
+
+    Attributes:
+        active: bool [N].
+        switched: int32 [N], step of the last switch, or NEVER.
+        returns: int32 [N], how often a block has come back.
+    """
+
+    active: Tensor
+    switched: Tensor
+    returns: Tensor
+
+    @classmethod
+    def of(cls, active: Tensor) -> Blocks:
+        """Blocks that have never been switched."""
+        returns = torch.zeros_like(active, dtype=torch.int32)
+        return cls(active, torch.full_like(returns, NEVER), returns)
+
+
+@dataclass(frozen=True)
+class Decision:
+    """Masks [N] after a decision, and what it cost.
+
+    Attributes:
+        active: bool [N].
+        price: benefit per share of the gateable FLOPs at which the marginal block was kept.
+        density: active share of the gateable FLOPs.
+    """
+
+    active: Tensor
+    price: float
+    density: float
+
+
+def swap_limit(step: int, total_steps: int | None) -> float:
+    """Share of the active cost that a decision may bring back in exchange; falls as a cosine to 0 at SWAP_ENDS."""
+    if total_steps is None:
+        return SWAP / 2
+    return SWAP * (1 + math.cos(math.pi * min(1.0, step / (SWAP_ENDS * total_steps)))) / 2
+
+
+def decide(
+    blocks: Blocks,
+    benefit: Tensor,
+    cost: Tensor,
+    layout: Layout,
+    *,
+    step: int,
+    ask: float,
+    dwell: int,
+    swap: float,
+    least: Tensor,
+    held: Tensor,
+) -> Decision:
+    """Picks the blocks that are worth most per cost until they cost `ask`.
+
+    Args:
+        benefit: float32 [N], units of the loss.
+        cost: float64 [N], shares of the gateable FLOPs; sums to 1.
+        ask: wanted cost of the active blocks, 0 to 1. It is reached from above: the marginal block is kept.
+        dwell: steps that a switched block stays as it is.
+        swap: share of `ask` that may come back in exchange for blocks switched off. What comes back because the
+            wanted cost has risen is not limited.
+        least: int64 [G], blocks that each gate keeps at least.
+        held: bool [N], blocks that stay as they are (their gate has not reported).
+    """
+    active = blocks.active
+    worth = benefit.double() / cost.clamp(min=1e-30)
+    resting = (step - blocks.switched < dwell) | held
+    bar = (1 + HYSTERESIS) ** (1 + blocks.returns.double())
+    worth = torch.where(active, worth, torch.where(resting | (benefit <= 0), -1.0, worth / bar))
+    worth, order = worth.sort(descending=True, stable=True)
+
+    active_then, cost_then = active[order], cost[order]
+    candidate = ~active_then & (worth > 0)
+    offered = torch.where(candidate, cost_then, 0.0).cumsum(0)
+    now = float(torch.where(active_then, cost_then, 0.0).sum())
+    eligible = active_then | (candidate & (offered <= swap * ask + max(0.0, ask - now)))
+
+    protected = active_then & (
+        resting[order] | (_rank_within_gate(active_then, order, layout) < least[layout.gate_of[order]])
+    )
+    free = eligible & ~protected
+    paid = torch.where(protected, cost_then, 0.0).sum()
+    before = paid + torch.where(free, cost_then, 0.0).cumsum(0) - cost_then
+    kept = protected | (free & (before < ask - 1e-9))
+
+    result = torch.zeros_like(active)
+    result[order] = kept
+    priced = worth[kept & ~protected]
+    price = float(priced[-1]) if priced.numel() else 0.0
+    return Decision(result, max(0.0, price), float(cost[result].sum()))
+
+
+def _rank_within_gate(active: Tensor, order: Tensor, layout: Layout) -> Tensor:
+    """Rank [N] of each active block among the active ones of its gate, best first; blocks are listed in `order`."""
+    gates = layout.lengths.numel()
+    key = torch.where(active, layout.gate_of[order], gates)
+    grouped = key.sort(stable=True)
+    starts = torch.bincount(key, minlength=gates + 1).cumsum(0)
+    starts = torch.cat((starts.new_zeros(1), starts))
+    rank = torch.empty_like(key)
+    rank[grouped.indices] = torch.arange(key.numel(), device=key.device) - starts[grouped.values]
+    return rank

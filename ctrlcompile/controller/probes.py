@@ -1,0 +1,72 @@
+"""Which inactive blocks have their gradient measured in each step.
+
+Each gate's blocks are visited in one shuffled order, round and round; blocks that are active when their turn comes are
+passed over. A probe costs wgrad of one block, and all probes of a step at most `SPEND` of what the step may use.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .signals import Layout
+
+RATE = 0.01  # of the inactive blocks, per step
+SPEND = 0.008  # of the step's FLOPs
+WGRAD = 1 / 2  # share of a block's FLOPs that wgrad has at most: 1/3, or 1/2 in a layer that needs no dgrad
+
+
+@dataclass
+class Rotation:
+    """State of the rounds.
+
+    Attributes:
+        order: int64 [N], flat block ids, shuffled within each gate.
+        cursor: per gate, the place in its order at which the next round goes on.
+        credit: per gate, the fraction of a probe that the budget of past steps has left.
+    """
+
+    order: Tensor
+    cursor: list[int]
+    credit: list[float]
+
+    @classmethod
+    def of(cls, layout: Layout, seed: int = 0) -> Rotation:
+        """The same orders for the same seed, on every replica."""
+        generator = torch.Generator().manual_seed(seed)
+        sizes = layout.lengths.tolist()
+        order = [
+            torch.randperm(n, generator=generator) + start for n, start in zip(sizes, layout.offsets, strict=False)
+        ]
+        return cls(torch.cat(order).to(layout.gate_of.device), [0] * len(sizes), [0.0] * len(sizes))
+
+    def next(
+        self, active: Tensor, cost: list[float], layout: Layout, *, steps: int, afford: float, capacity: list[int]
+    ) -> list[list[Tensor]]:
+        """The block ids (int64, local to the gate) to probe in each of the next `steps` steps: [steps][G].
+
+        Args:
+            active: bool [N].
+            cost: per gate, the share of the gateable FLOPs of one block.
+            afford: share of the gateable FLOPs that a step's probes may cost.
+            capacity: per gate, the most probes in a step.
+        """
+        waiting = ~active[self.order]
+        counts = [int(n) for n in layout.sums(waiting.float()[None])[0].tolist()]
+        wanted = sum(RATE * n * c * WGRAD for n, c in zip(counts, cost, strict=True))
+        scale = min(1.0, afford / wanted) if wanted > 0 else 0.0
+        rounds: list[Sequence[Tensor]] = []
+        for g, (places, ids) in enumerate(zip(layout.split(waiting), layout.split(self.order), strict=True)):
+            self.credit[g] += scale * RATE * counts[g] * steps
+            take = min(int(self.credit[g]), counts[g], capacity[g] * steps)
+            self.credit[g] -= int(self.credit[g])
+            free = places.nonzero().flatten()
+            start = int(torch.searchsorted(free, self.cursor[g])) if take else 0
+            picked = free.roll(-start)[:take]
+            if take:
+                self.cursor[g] = int(picked[-1]) + 1
+            rounds.append((ids[picked] - layout.offsets[g]).tensor_split(steps))
+        return [list(step) for step in zip(*rounds, strict=True)]

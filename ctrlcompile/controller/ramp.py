@@ -1,0 +1,84 @@
+"""The plan: which share of the gateable FLOPs the next steps may use.
+
+Dense until the signals mean something; then down a cubic (Zhu & Gupta, "To Prune, or Not to Prune", 2017, eq. 1) from
+the present level to the end level, whose pace follows how far the gradients have settled; then level. The rest of a
+cubic is again a cubic, so the plan is made anew at each decision from the present level ℓ, the steps r that the ramp
+still takes, and what is left of the budget: with an average share a allowed in each of the n steps left, the end level
+is
+
+    d = (n·a − r·ℓ/4) / (n − r/4)
+
+since the cubic's mean lies a quarter of the way from d to ℓ. Whatever was over- or underspent is thereby spread over
+all steps left, and the run lands.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+WARM_UP = (0.03, 0.06)  # share of the run: at least, at most
+RAMP = (0.15, 0.30)  # share of the run: settled, not settled
+WARM_UP_SPEND = 0.15  # of the allowed cost, at most
+FLOOR = 0.75  # the end level is at least this part of the average allowed
+SETTLED = 0.5  # ends the warm-up
+STAIRS = 4  # decisions that the rest of the ramp is given at least
+OPEN_ENDED = 1000  # steps that the shares above refer to where the length of the run is not known
+
+
+@dataclass
+class Ramp:
+    """State of the plan.
+
+    Attributes:
+        level: share of the gateable FLOPs at which the path stands now, 0 to 1.
+        progress: of the ramp, 0 (dense warm-up) to 1 (level).
+        started: the step in which the ramp began, or -1.
+        floor: the level that the ramp may not end below, lest it starves the end by spending early.
+    """
+
+    level: float = 1.0
+    progress: float = 0.0
+    started: int = -1
+    floor: float = 0.0
+
+    def plan(
+        self, step: int, interval: int, allowed: float, settledness: float, *, total_steps: int | None, first: int
+    ) -> tuple[float, int]:
+        """Moves the path on to the next decision.
+
+        Args:
+            step: optimizer steps done.
+            interval: steps until the next decision, at most.
+            allowed: average share that each step left may use (see `Ledger.allowed`).
+            settledness: 0 to 1.
+            total_steps: of the run; None holds the rate `allowed` from the end of the ramp.
+            first: steps before which the signals mean nothing.
+
+        Returns:
+            The mean share of the gateable FLOPs until the next decision, and the steps until then: fewer than
+            `interval` where the path is steep, and 1 at the end of the run, which makes the landing exact.
+        """
+        n = None if total_steps is None else total_steps - step
+        take = interval if n is None else max(1, min(interval, n - interval))
+        length = total_steps or OPEN_ENDED
+        if self.started < 0:
+            latest = min(WARM_UP[1], WARM_UP_SPEND * max(0.0, allowed)) * length
+            earliest = min(max(WARM_UP[0] * length, first), latest)
+            if allowed >= self.level or (step < latest and (step < earliest or settledness < SETTLED)):
+                return self.level, min(take, max(1, int(latest) - step)) if step < latest else take
+            self.started, self.floor = step, FLOOR * allowed
+        left = (1 - self.progress) * (RAMP[1] - (RAMP[1] - RAMP[0]) * settledness) * length
+        if n is not None:
+            left = min(left, n, 4 * n * (allowed - self.floor) / max(self.level - self.floor, 1e-9))
+        if left < 1:
+            self.level, self.progress = allowed, 1.0
+            return allowed, take
+
+        end = allowed if n is None else (n * allowed - left * self.level / 4) / (n - left / 4)
+        drop = self.level - end
+        take = min(take, max(1, int(left / STAIRS)))
+        rest = 1 - min(1.0, take / left)
+        mean = end + drop * left * (1 - rest**4) / (4 * take)
+        self.level = end + drop * rest**3
+        self.progress = 1 - (1 - self.progress) * rest
+        return mean, take
