@@ -1,0 +1,49 @@
+"""Fresh random input for every test: the seed is drawn anew, printed when the test fails, and set to repeat it.
+
+`CTRLCOMPILE_TEST_SEED=1234 pytest tests/test_ops.py` repeats a failure. Every test starts without compiled code.
+"""
+
+import os
+import random
+
+# Before torch is imported: a pool of compile workers costs more than the few small kernels of a test.
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
+
+import pytest
+import torch
+
+from ctrlcompile.cost import meter
+
+
+@pytest.fixture(autouse=True)
+def seed(request: pytest.FixtureRequest) -> int:
+    """The seed of this test."""
+    value = int(os.environ.get("CTRLCOMPILE_TEST_SEED", random.SystemRandom().randrange(2**31)))
+    request.node.user_properties.append(("seed", value))
+    torch.manual_seed(value)
+    random.seed(value)
+    return value
+
+
+@pytest.fixture(autouse=True)
+def clean_slate():
+    """No compiled code of another test, and no FLOPs that belong to no gate."""
+    torch._dynamo.reset()
+    meter.take(())
+
+
+@pytest.fixture
+def one_thread():
+    """For tiny models: waking a second thread costs more than their products, and much more on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_runtest_makereport(item, call):
+    report = (yield).get_result()
+    if report.failed and call.when == "call":
+        drawn = dict(item.user_properties).get("seed")
+        report.sections.append(("seed", f"CTRLCOMPILE_TEST_SEED={drawn} repeats this test's input"))

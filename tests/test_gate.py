@@ -1,0 +1,202 @@
+"""Gates: masks of one's own, lists that follow them, clear errors, and which weights get one."""
+
+import random
+
+import pytest
+import torch
+from torch import nn
+
+import ctrlcompile as cc
+from ctrlcompile.kernels.index_lists import mask_of
+
+from .small_models import MLP, masked_entries, random_mask
+
+
+def make_gate(shape=(68, 40), block=(8, 16)):
+    linear = nn.Linear(shape[1], shape[0])
+    (gate,) = cc.gates(linear, block).values()
+    return linear, gate
+
+
+def test_lists_density_and_areas_follow_the_mask_in_place():
+    linear, gate = make_gate()
+    addresses = [tensor.data_ptr() for tensor in gate.lists]
+    for _ in range(3):
+        mask = random_mask(gate.grid)
+        gate.update_(mask)
+        assert torch.equal(gate.mask, mask)
+        assert torch.equal(mask_of(gate.lists), mask)
+        assert [tensor.data_ptr() for tensor in gate.lists] == addresses
+        assert gate.active == int(mask.sum())
+        assert gate.density == pytest.approx(float(mask.float().mean()))
+        assert gate.active_share == pytest.approx(1 - float(masked_entries(gate).float().mean()))
+    assert float(gate.block_area.sum()) == linear.weight.numel()
+
+
+def test_blocks_that_go_are_zero_at_once_and_others_are_untouched():
+    linear, gate = make_gate()
+    linear(torch.randn(5, 40)).square().sum().backward()
+    before, grad_before = linear.weight.detach().clone(), linear.weight.grad.clone()
+    gate.update_(random_mask(gate.grid))
+    gone = masked_entries(gate)
+    assert not linear.weight[gone].any()
+    assert not linear.weight.grad[gone].any()
+    assert torch.equal(linear.weight[~gone], before[~gone])
+    assert torch.equal(linear.weight.grad[~gone], grad_before[~gone])
+
+
+def test_a_mask_that_is_read_is_a_copy():
+    _, gate = make_gate()
+    gate.mask.zero_()
+    assert gate.mask.all()
+
+
+def test_all_blocks_can_be_off():
+    linear, gate = make_gate()
+    gate.update_(torch.zeros(gate.grid, dtype=torch.bool))
+    assert gate.density == gate.active_share == 0
+    assert not linear.weight.any()
+
+
+@pytest.mark.parametrize(
+    ("mask", "error", "message"),
+    [
+        (lambda grid: torch.ones(grid), TypeError, r"boolean tensor.*got torch\.float32"),
+        (lambda grid: [[True]], TypeError, r"boolean tensor.*got list"),
+        (lambda grid: torch.ones(grid[1], grid[0], dtype=torch.bool), ValueError, r"shape \(9, 3\).*got \(3, 9\)"),
+        (lambda grid: torch.ones(68, 40, dtype=torch.bool), ValueError, r"one entry per block.*got \(68, 40\)"),
+    ],
+)
+def test_a_wrong_mask_is_refused_and_changes_nothing(mask, error, message):
+    linear, gate = make_gate()
+    weight = linear.weight.detach().clone()
+    with pytest.raises(error, match=message):
+        gate.update_(mask(gate.grid))
+    assert gate.mask.all()
+    assert torch.equal(linear.weight, weight)
+
+
+def test_probes_are_inactive_blocks_and_end_with_the_next_mask():
+    _, gate = make_gate((160, 160), 8)
+    mask = random_mask(gate.grid)
+    gate.update_(mask)
+    capacity = gate.probes.numel()
+    assert capacity > 1
+    inactive = (~mask).flatten().nonzero().flatten()
+    chosen = inactive[torch.randperm(inactive.numel())][: random.randint(1, min(capacity, inactive.numel()))]
+    gate.probe_(chosen)
+    assert gate.probes.tolist() == chosen.tolist() + [-1] * (capacity - chosen.numel())
+    assert gate.probed_share == pytest.approx(chosen.numel() * 64 / 160**2)
+    gate.update_(torch.ones_like(mask))
+    assert gate.probes.tolist() == [-1] * capacity
+    assert gate.probed_share == 0
+
+
+def test_wrong_probes_are_refused_and_leave_the_old_ones():
+    _, gate = make_gate((160, 160), 8)
+    mask = torch.ones(gate.grid, dtype=torch.bool)
+    mask.view(-1)[:20] = False
+    gate.update_(mask)
+    gate.probe_(torch.tensor([3]))
+    for ids, message in (
+        (torch.arange(gate.probes.numel() + 1), "probes at most"),
+        (torch.tensor([400]), "blocks 0 to 399"),
+        (torch.tensor([-1]), "blocks 0 to 399"),
+        (torch.tensor([5, 20]), "only inactive blocks"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            gate.probe_(ids)
+        assert gate.probes.tolist() == [3] + [-1] * (gate.probes.numel() - 1)
+        assert gate.probed_share == pytest.approx(64 / 160**2)
+
+
+def test_the_repr_says_which_weight_and_how_dense():
+    _, gate = make_gate()
+    mask = torch.ones(gate.grid, dtype=torch.bool)
+    mask[0, 0] = False
+    gate.update_(mask)
+    assert repr(gate) == (
+        "Gate('weight', shape=(68, 40), block=(8, 16), 26 of 9 x 3 blocks active, density=0.963)"
+    )
+
+
+def test_the_picture_shows_each_block_and_shrinks_large_grids():
+    _, gate = make_gate()
+    mask = random_mask(gate.grid)
+    gate.update_(mask)
+    assert gate.picture() == "\n".join("".join("█" if on else " " for on in row) for row in mask.tolist())
+    mask[:] = False
+    mask[:3] = True
+    gate.update_(mask)
+    assert gate.picture(width=1, height=3) == "█\n \n "
+
+
+def test_gates_are_found_again_by_name_on_a_plain_and_on_a_compiled_model():
+    model = nn.Sequential(nn.Linear(40, 40), nn.ReLU(), MLP())
+    found = cc.gates(model, 8)
+    assert list(found) == ["0.weight", "2.fc1.weight", "2.fc2.weight"]
+    assert set(found) <= set(dict(model.named_parameters()))
+    assert all(gate.name == name and gate.weight is model.get_parameter(name) for name, gate in found.items())
+    again = cc.gates(torch.compile(model, backend="ctrlprune"))
+    assert {name: id(gate) for name, gate in again.items()} == {name: id(gate) for name, gate in found.items()}
+
+
+def test_include_and_exclude_choose_by_name():
+    model = nn.ModuleDict({"body": MLP(), "head": nn.Linear(40, 40)})
+    assert list(cc.gates(model, 8, include="body.*")) == ["body.fc1.weight", "body.fc2.weight"]
+    assert list(cc.gates(model, 8, exclude=["head*", "*fc1*"])) == ["body.fc2.weight"]
+
+
+def test_a_weight_that_two_linears_share_has_one_gate():
+    model = nn.ModuleDict({"a": nn.Linear(40, 40), "b": nn.Linear(40, 40)})
+    model["b"].weight = model["a"].weight
+    assert list(cc.gates(model, 8)) == ["a.weight"]
+
+
+def test_weights_that_cannot_be_gated_have_none():
+    model = nn.ModuleDict(
+        {
+            "embedding": nn.Embedding(64, 40),
+            "head": nn.Linear(40, 64),
+            "normed": nn.utils.parametrizations.weight_norm(nn.Linear(40, 40)),
+            "good": nn.Linear(40, 40),
+        }
+    )
+    model["head"].weight = model["embedding"].weight
+    assert list(cc.gates(model, 8)) == ["good.weight"]
+
+
+def test_auto_leaves_small_weights_dense_and_a_given_block_does_not():
+    model = nn.ModuleDict({"small": nn.Linear(64, 64), "large": nn.Linear(128, 128)})
+    assert list(cc.gates(model)) == ["large.weight"]
+    assert list(cc.gates(model, 32)) == ["small.weight", "large.weight"]
+
+
+@pytest.mark.parametrize("block", [0, 12, 136, (8,), (8, 8, 8), "small", 8.0, True, (8, True), None])
+def test_a_wrong_block_is_refused(block):
+    with pytest.raises(ValueError, match="block"):
+        cc.gates(MLP(), block)
+
+
+def test_a_block_larger_than_a_weight_is_refused_by_name():
+    with pytest.raises(ValueError, match=r"fc1\.weight: a block of \(8, 64\) is larger than the weight \(68, 40\)"):
+        cc.gates(MLP(), (8, 64))
+
+
+def test_another_block_for_a_gated_weight_is_refused():
+    model = MLP()
+    cc.gates(model, 8)
+    with pytest.raises(ValueError, match=r"fc1\.weight is gated in blocks of \(8, 8\) already, asked for \(16, 16\)"):
+        cc.gates(model, 16)
+
+
+def test_what_is_no_module_is_refused():
+    with pytest.raises(TypeError, match=r"expected a torch\.nn\.Module.*got Tensor"):
+        cc.gates(torch.zeros(3))
+
+
+def test_a_gate_does_not_keep_its_weight_alive():
+    model, gate = make_gate()
+    del model
+    with pytest.raises(RuntimeError, match="no longer exists"):
+        _ = gate.weight
