@@ -193,9 +193,10 @@ class Controller:
             dist.all_reduce(arrived)
             dist.all_reduce(shared)
             numbers = shared.tolist()
-        self._signals.observe(arrived, self._blocks.active, self._layout)
-        self._inbox.clear()
         dense, fixed, used, *gated = numbers
+        ran = torch.tensor(gated, device=arrived.device) > 0
+        self._signals.observe(arrived, self._blocks.active, ran, self._layout)
+        self._inbox.clear()
         if dense <= 0:
             if self.steps == 1:
                 log.warning("no cost was measured in the first step: is the model compiled with backend='ctrlprune'?")
@@ -259,7 +260,7 @@ class Controller:
                 dwell=self._dwell,
                 swap=swap_limit(self.steps, self.total_steps),
                 least=self._least,
-                held=~self._signals.reported(self._layout)[self._layout.gate_of],
+                held=~self._signals.reported()[self._layout.gate_of],
             )
             returned, dropped = self._act(decision)
         self._plan_probes(take, wanted)
@@ -291,7 +292,7 @@ class Controller:
         blocks.active = decision.active
         blocks.switched.masked_fill_(changed, self.steps)
         blocks.returns += back
-        self._signals.forget_(back)
+        self._signals.switch_(back, changed & ~back)
         self.price, self._density = decision.price, decision.density
         returned = int(sum(counts[1]))
         self.reactivations += returned

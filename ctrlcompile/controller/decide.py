@@ -98,9 +98,9 @@ def decide(
 
     active_then, cost_then = active[order], cost[order]
     candidate = ~active_then & (worth > 0)
-    offered = torch.where(candidate, cost_then, 0.0).cumsum(0)
+    offered = torch.where(candidate, cost_then, 0.0).cumsum(0) - cost_then
     now = float(torch.where(active_then, cost_then, 0.0).sum())
-    eligible = active_then | (candidate & (offered <= swap * ask + max(0.0, ask - now)))
+    eligible = active_then | (candidate & (offered < swap * ask + max(0.0, ask - now)))
 
     protected = active_then & (
         resting[order] | (_rank_within_gate(active_then, order, layout) < least[layout.gate_of[order]])

@@ -3,9 +3,9 @@
 For an active block the rise of the loss when it goes is, to first order, |Σ w·g| (Molchanov et al., "Importance
 Estimation for Neural Network Pruning", 2019, eq. 5). An inactive block has no weight, only a gradient, seen when it is
 probed. |Σ w·g| = ‖w‖·‖g‖·|cos|, so the benefit that it would have with the weight size and the alignment that are
-typical of its gate is ‖g_B‖ · Σ|Σ w·g| / Σ‖g‖, the sums over the gate's active blocks. Norms are kept **relative to the
-mean norm of all active blocks in the same step**: a norm seen a hundred steps ago is then still comparable, since what
-all blocks share (the batch, the learning phase, a loss scale) has cancelled.
+typical of its gate is ‖g_B‖ · Σ|Σ w·g| / Σ‖g‖, the sums over the gate's active blocks. Norms are kept **relative to
+the mean norm of the same step**: a norm seen a hundred steps ago is then still comparable, since what all blocks share
+(the batch, the learning phase, a loss scale) has cancelled.
 
 All blocks of all gates are one flat vector of N entries; each gate's `signals.grad` is a view into one [2, N] buffer.
 """
@@ -92,14 +92,14 @@ class Inbox:
 class Signals:
     """Exponential averages of what the gates report.
 
-    A block's average is `total` / `weight`, which debiases it and leaves it as it is while the block is unobserved:
-    an active block is observed in every step, an inactive one when it is probed. A step in which any signal of a gate is
-    NaN or infinite leaves that gate's averages as they were.
+    A block's average is `total` / `weight`, which debiases it and leaves it as it is while the block is unobserved: an
+    active block is observed in every step, an inactive one when it is probed. A step in which any signal of a gate
+    is NaN or infinite leaves that gate's averages as they were.
 
     Attributes:
         total, weight: float32 [3, N], rows FAST, SLOW, NORM.
-        typical: float32 [2, G], Σ|Σ w·g| and Σ‖g‖ over the active blocks of each gate; only their ratio means something.
-        level: float32 [2], total and weight of the mean ‖g‖ of all active blocks.
+        typical: float32 [2, G], Σ|Σ w·g| and Σ‖g‖ over the active blocks of each gate; their ratio is what counts.
+        level: float32 [2], total and weight of the mean ‖g‖ that norms are relative to.
         rate: float32 [3, 1], share of the newest observation: 1 / horizon.
     """
 
@@ -117,16 +117,16 @@ class Signals:
         rate = torch.tensor([[1 / h] for h in horizons], device=device)
         return cls(total, weight, torch.zeros(2, g, device=device), torch.zeros(2, device=device), rate)
 
-    def observe(self, arrived: Tensor, active: Tensor, layout: Layout) -> None:
-        """Takes in one step's signals `arrived` [2, N], with the mask `active` [N] that they were made under."""
+    def observe(self, arrived: Tensor, active: Tensor, ran: Tensor, layout: Layout) -> None:
+        """Takes in the signals `arrived` [2, N] of one step, made under `active` [N] by the gates `ran` [G]."""
         contribution, norm = arrived[0].abs(), arrived[1].sqrt()
-        sums = layout.sums(torch.stack((contribution + norm, contribution, norm * active, active.float())))
-        seen = sums[0].isfinite() & (sums[0] > 0)  # a gate that did not run, or not in finite numbers, says nothing
+        sums = layout.sums(torch.stack((contribution, norm * active, norm, active.float())))
+        seen = ran & (sums[0] + sums[2]).isfinite()
         sums = torch.where(seen, sums, 0.0)
         slow = self.rate[SLOW]
 
-        alive = sums[2] > 0
-        self.typical += torch.where(alive, slow, 0.0) * (sums[1:3] - self.typical)
+        alive = sums[1] > 0
+        self.typical += torch.where(alive, slow, 0.0) * (sums[:2] - self.typical)
         mean = sums[2].sum() / sums[3].sum().clamp(min=1)
         some = mean > 0
         self.level += torch.where(some, slow, 0.0) * (torch.stack((mean, torch.ones_like(mean))) - self.level)
@@ -150,14 +150,20 @@ class Signals:
         norm = self.average(NORM) * (self.level[0] / self.level[1].clamp(min=TINY))
         return torch.where(active, self.average(SLOW), norm * alignment[layout.gate_of])
 
-    def reported(self, layout: Layout) -> Tensor:
-        """bool [G]: gates that have said anything so far."""
-        return layout.sums(self.weight[SLOW : SLOW + 1])[0] > 0
+    def reported(self) -> Tensor:
+        """bool [G]: gates that have had a gradient so far; of a frozen weight nothing is known."""
+        return self.typical[1] > 0
 
-    def forget_(self, blocks: Tensor) -> None:
-        """Starts the contribution of `blocks` (bool [N]) afresh: they come back with zero weights."""
-        self.total[:NORM].masked_fill_(blocks, 0.0)
-        self.weight[:NORM].masked_fill_(blocks, 0.0)
+    def switch_(self, back: Tensor, gone: Tensor) -> None:
+        """Blocks `back` (bool [N]) start with zero weights, so with no contribution that is known.
+
+        Of blocks `gone`, the norm while they were active counts as much as one probe from now on, so that a few probes
+        can tell a change.
+        """
+        self.total[:NORM].masked_fill_(back, 0.0)
+        self.weight[:NORM].masked_fill_(back, 0.0)
+        self.total[NORM] = torch.where(gone, self.average(NORM) * self.rate[NORM], self.total[NORM])
+        self.weight[NORM] = torch.where(gone, self.rate[NORM] * (self.weight[NORM] > 0), self.weight[NORM])
 
 
 def settled(signals: Signals, active: Tensor, cost: Tensor, share: float) -> float:
