@@ -1,17 +1,19 @@
 """The door: `torch.compile(model, backend="ctrlprune")` comes in here, found through the entry point alone."""
 
 import functools
-import logging
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch import fx
 from torch._inductor.compile_fx import compile_fx
+from torch._inductor.exc import CppCompileError, InductorError, InvalidCxxCompiler
 
 from ctrlcompile import options as backend_options
+from ctrlcompile.passes.graph_edit import copy_graph
 from ctrlcompile.region import Region
 
-logger = logging.getLogger(__name__)
+COMPILER_TROUBLE = (InvalidCxxCompiler, CppCompileError)
 
 
 def ctrlprune(
@@ -35,4 +37,21 @@ def ctrlprune(
 def _lower(
     gm: fx.GraphModule, example_inputs: Sequence[Any], static: bool, *, patches: dict[str, Any], strict: bool
 ) -> Callable[..., Any]:
-    return compile_fx(gm, list(example_inputs), config_patches=patches or None, ignore_shape_env=static)
+    try:
+        return compile_fx(copy_graph(gm), list(example_inputs), config_patches=patches or None, ignore_shape_env=static)
+    except (*COMPILER_TROUBLE, InductorError) as error:
+        cause = getattr(error, "inner_exception", error)
+        if strict or not isinstance(cause, COMPILER_TROUBLE):
+            raise
+        _warn_eager(str(cause).strip().splitlines()[0])
+        return gm.forward
+
+
+@functools.cache
+def _warn_eager(why: str) -> None:
+    warnings.warn(
+        f"ctrlcompile runs without Inductor, in eager mode: {why}. Install a C++ compiler, or name one in $CXX; "
+        "options={'strict': True} makes this an error",
+        RuntimeWarning,
+        stacklevel=2,
+    )

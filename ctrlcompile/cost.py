@@ -78,7 +78,7 @@ def product_cost(node: fx.Node) -> ProductCost:
 
 
 def region_flops(gm: fx.GraphModule) -> Expression:
-    """FLOPs of a Dynamo graph, forward and (where anything asks for a gradient) backward, dense, recomputation aside."""
+    """FLOPs of a Dynamo graph, dense: forward and, where anything asks for a gradient, backward."""
     examples = [node.meta["example_value"] for node in gm.graph.nodes if node.op == "placeholder"]
     mode = next((e.fake_mode for e in examples if isinstance(e, FakeTensor)), None)
     if mode is None:
@@ -127,6 +127,16 @@ def _scratch(mode: FakeTensorMode) -> Iterator[None]:
         yield
 
 
+@dataclass
+class _Account:
+    """FLOPs of one region under one set of gates, since they were last taken; `gated` keeps the gates alive, so that
+    their ids stay theirs."""
+
+    dense: float = 0.0
+    used: float = 0.0
+    gated: dict[Gate, float] = field(default_factory=dict)
+
+
 class Meter:
     """Adds up what the regions used since each controller last asked.
 
@@ -135,30 +145,30 @@ class Meter:
 
     def __init__(self) -> None:
         self.listening = False
-        self._calls: list[tuple[BoundCost, Sequence[Gate | None], float]] = []
+        self._accounts: dict[tuple[int, ...], _Account] = {}
 
     def record(self, cost: BoundCost, gates: Sequence[Gate | None]) -> None:
-        """Notes one training call of a region; `gates` are those of its products, in order."""
-        if self.listening:
-            self._calls.append((cost, gates, used_flops(cost, gates)))
+        """Notes one training call of a region; `gates` are those of its linears, in order."""
+        account = self._accounts.setdefault(tuple(map(id, gates)), _Account())
+        account.dense += cost.dense
+        account.used += used_flops(cost, gates)
+        for gate, (total, _) in zip(gates, cost.products, strict=True):
+            if gate is not None:
+                account.gated[gate] = account.gated.get(gate, 0.0) + total
 
     def take(self, owned: Iterable[Gate]) -> StepCost:
         """What the regions of these gates used since they were last taken."""
-        mine = set(map(id, owned))
-        taken, kept = [], []
-        for call in self._calls:
-            owners = {id(gate) for gate in call[1] if gate is not None}
-            (taken if not owners or owners & mine else kept).append(call)
-        self._calls = kept
-        dense = used = gated_total = 0.0
+        mine = set(owned)
+        dense = used = 0.0
         gated: dict[Gate, float] = {}
-        for cost, gates, flops in taken:
-            dense, used = dense + cost.dense, used + flops
-            for gate, (total, _) in zip(gates, cost.products, strict=True):
-                if gate is not None:
-                    gated[gate] = gated.get(gate, 0.0) + total
-                    gated_total += total
-        return StepCost(dense=dense, fixed=dense - gated_total, gated=gated, used=used)
+        for key, account in list(self._accounts.items()):
+            if account.gated and not mine & account.gated.keys():
+                continue
+            del self._accounts[key]
+            dense, used = dense + account.dense, used + account.used
+            for gate, flops in account.gated.items():
+                gated[gate] = gated.get(gate, 0.0) + flops
+        return StepCost(dense=dense, fixed=dense - sum(gated.values()), gated=gated, used=used)
 
 
 def used_flops(cost: BoundCost, gates: Sequence[Gate | None]) -> float:

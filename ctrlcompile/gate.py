@@ -118,16 +118,17 @@ class Gate:
         count = block_ids.numel()
         if count > self.probes.numel():
             raise ValueError(f"gate {self.name!r} probes at most {self.probes.numel()} blocks a step, got {count}")
-        self.probed_area = 0.0
+        probed_area = 0.0
         if count:
             ids = block_ids.to(self.probes.device, torch.int64)
             if int(ids.min()) < 0 or int(ids.max()) >= self._mask.numel():
                 raise ValueError(f"gate {self.name!r} has blocks 0 to {self._mask.numel() - 1}; got an id outside")
             if bool(self._mask.view(-1)[ids].any()):
                 raise ValueError(f"gate {self.name!r}: only inactive blocks are probed; got an active one")
-            self.probed_area = float(self.block_area.view(-1)[ids].sum())
+            probed_area = float(self.block_area.view(-1)[ids].sum())
             self.probes[:count].copy_(ids)
         self.probes[count:].fill_(-1)
+        self.probed_area = probed_area
 
     @torch.no_grad()
     def enforce_(self) -> None:
@@ -247,7 +248,9 @@ def gates(
     for prefix, module in model.named_modules():
         weight = module._parameters.get("weight") if isinstance(module, nn.Linear) else None
         name = f"{prefix}.weight" if prefix else "weight"
-        if weight is None or not fnmatch.fnmatch(name, include) or name_excluded(name, exclude):
+        if weight is None or any(gate is registry.get(weight) for gate in found.values()):
+            continue
+        if not fnmatch.fnmatch(name, include) or name_excluded(name, exclude):
             continue
         gate = registry.get(weight)
         if gate is None:
@@ -262,7 +265,7 @@ def gates(
                 "compiled call and before a Controller is made, or ask for the same block"
             )
         gate.name = name
-        found.setdefault(name, gate)
+        found[name] = gate
     return found
 
 

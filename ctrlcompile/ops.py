@@ -18,7 +18,7 @@ from torch._subclasses import FakeTensor
 from torch.utils.flop_counter import register_flop_formula
 
 from ctrlcompile.kernels import cpu_linear, isa, reference
-from ctrlcompile.kernels.index_lists import BlockLists, expand, mask_of
+from ctrlcompile.kernels.index_lists import BlockLists, build, expand, mask_of
 
 ACTIVATIONS = reference.ACTIVATIONS
 
@@ -48,7 +48,7 @@ def _linear(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     lists, block = BlockLists(crow_indices, col_indices, ccol_indices, row_indices), (block_out, block_in)
     rows = _rows(x)
-    if (kernel := _kernel(x, weight, block)) is not None:
+    if (kernel := _kernel(x, weight, block, activation)) is not None:
         y, z = kernel.forward(rows, weight, bias, lists, block, activation)
     else:
         y, z = reference.linear(rows, weight, bias, mask_of(lists), block, activation)
@@ -91,11 +91,19 @@ def saves_z(activation: str) -> bool:
 
 # Kernels, or dense products with one warning --------------------------------------------------------------------------
 
+_working: set[tuple[Any, ...]] = set()
 _broken: dict[tuple[Any, ...], str] = {}
 
 
-def why_no_kernel(device: torch.device, x_dtype: torch.dtype, weight_dtype: torch.dtype, block: tuple[int, int],
-                  strict: bool = False) -> str | None:  # fmt: skip
+def why_no_kernel(
+    device: torch.device,
+    x_dtype: torch.dtype,
+    weight_dtype: torch.dtype,
+    block: tuple[int, int],
+    activation: str = "none",
+    *,
+    strict: bool = False,
+) -> str | None:
     """Builds the kernels for these types and this block; None where they can run, else the reason.
 
     Raises what the build raised when `strict`; otherwise a failed build warns once and is remembered.
@@ -103,20 +111,30 @@ def why_no_kernel(device: torch.device, x_dtype: torch.dtype, weight_dtype: torc
     if device.type != "cpu":
         return f"no kernels for device type {device.type!r}"
     reason = cpu_linear.supported(x_dtype, weight_dtype, block)
-    key = (x_dtype, weight_dtype, block)
+    key = (x_dtype, weight_dtype, block, activation)
     if reason is not None or (key in _broken and not strict):
         return reason or _broken[key]
+    if key in _working:
+        return None
     try:
-        getattr(cpu_linear, "prepare", lambda *a: None)(x_dtype, weight_dtype, block)
-    except getattr(cpu_linear, "KernelBuildError", RuntimeError) as error:
+        _try_kernels(x_dtype, weight_dtype, block, activation)
+    except cpu_linear.KernelBuildError as error:
         if strict:
             raise
-        first = not _broken
-        _broken[key] = f"kernel not built: {error}"
-        if first:
+        if not _broken:
             warnings.warn(f"ctrlcompile computes gated layers densely: {error}", RuntimeWarning, stacklevel=2)
+        _broken[key] = f"kernel not built: {error}"
         return _broken[key]
+    _working.add(key)
     return None
+
+
+def _try_kernels(x_dtype: torch.dtype, weight_dtype: torch.dtype, block: tuple[int, int], activation: str) -> None:
+    lists, probes = build(torch.ones(1, 1, dtype=torch.bool)), torch.full((1,), -1, dtype=torch.int32)
+    x, weight = torch.ones(1, block[1], dtype=x_dtype), torch.ones(block, dtype=weight_dtype)
+    y, _ = cpu_linear.forward(x, weight, None, lists, block, activation)
+    cpu_linear.dgrad(y, weight, lists, block)
+    cpu_linear.wgrad(y, x, weight, lists, probes, block)
 
 
 def kernel_name(device: torch.device, x_dtype: torch.dtype, weight_dtype: torch.dtype) -> str:
@@ -125,8 +143,8 @@ def kernel_name(device: torch.device, x_dtype: torch.dtype, weight_dtype: torch.
     return f"C++ {isa.current().name} {' x '.join(sorted(str(dtype).removeprefix('torch.') for dtype in types))}"
 
 
-def _kernel(x: Tensor, weight: Tensor, block: tuple[int, int]) -> Any:
-    return cpu_linear if why_no_kernel(weight.device, x.dtype, weight.dtype, block) is None else None
+def _kernel(x: Tensor, weight: Tensor, block: tuple[int, int], activation: str = "none") -> Any:
+    return cpu_linear if why_no_kernel(weight.device, x.dtype, weight.dtype, block, activation) is None else None
 
 
 # Shapes ---------------------------------------------------------------------------------------------------------------

@@ -51,7 +51,8 @@ def parse(options: Mapping[str, Any] | None) -> Options:
             raise ValueError("total_steps says how long a budget has to last; give options={'budget': ..., ...} too")
     block: BlockChoice = given.get("block", "auto")
     exclude = given.get("exclude", ())
-    if isinstance(exclude, str) or not all(isinstance(pattern, str) for pattern in exclude):
+    patterns = isinstance(exclude, (list, tuple)) and all(isinstance(pattern, str) for pattern in exclude)
+    if not patterns:
         raise TypeError(f"exclude is a list of name patterns such as ['*.head.weight']; got {exclude!r}")
     strict = given.get("strict", False)
     if not isinstance(strict, bool):

@@ -220,7 +220,7 @@ def _why_dense(node: fx.Node, parameter: Tensor, name: str, x_dtype: torch.dtype
         return "frozen: it has no gradient to judge blocks by"
     if gate is None and (reason := too_small(tuple(parameter.shape), block)) is not None:
         return reason
-    return ops.why_no_kernel(parameter.device, x_dtype, parameter.dtype, block, options.strict)
+    return ops.why_no_kernel(parameter.device, x_dtype, parameter.dtype, block, strict=options.strict)
 
 
 def _product(gm: fx.GraphModule, linear: LinearNode) -> cost.ProductCost:

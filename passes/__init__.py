@@ -4,8 +4,8 @@
 - `fuse_activation`: an activation that only a gated linear feeds moves into it.
 - `graph_edit`: what every pass needs to leave a clean graph.
 
-A pass is `(gm, example_inputs, *, keyword-only) -> gm`; its configuration is bound with `functools.partial`. `run` knows
-no pass by name.
+A pass is `(gm, example_inputs, *, keyword-only) -> gm`; its configuration is bound with `functools.partial`. `run`
+knows no pass by name.
 """
 
 import functools

@@ -1,4 +1,4 @@
-"""A row per linear of a model: gated or why not, in which blocks, how dense, by which kernel, at what share of FLOPs."""
+"""A row per linear of a model: gated or why not, its blocks, density, kernel and share of the FLOPs."""
 
 import io
 from collections.abc import Callable, Iterator
