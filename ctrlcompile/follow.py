@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 # Where weight, gradient and state of an entry are zero, a step of these leaves them zero. Any other optimizer (one that
 # mixes entries, as Muon does) has its masked blocks zeroed after each step.
 KEEP_ZERO: tuple[type[torch.optim.Optimizer], ...] = (
-    torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW, torch.optim.NAdam, torch.optim.RAdam, torch.optim.Adamax,
+    torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW, torch.optim.NAdam, torch.optim.RAdam,
     torch.optim.Adadelta, torch.optim.Adagrad, torch.optim.RMSprop,
 )  # fmt: skip
 
@@ -46,7 +46,7 @@ def controller_of(optimizer: torch.optim.Optimizer) -> Controller | None:
 
 def leave(gate: Gate, optimizer: torch.optim.Optimizer) -> None:
     """Has a gate left to a controller that its user steps; `optimizer` is the one that steps its Parameter."""
-    gate.stepped_by(optimizer)
+    gate.owned_by(optimizer)
     _wanted.pop(gate, None)
     _in_the_open.add(gate)
 
@@ -62,10 +62,7 @@ def _after_step(optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs:
         return
     keeps_zero = type(optimizer) in KEEP_ZERO
     for gate in gates:
-        gate.stepped_by(optimizer)
-        if not (keeps_zero and gate.ran_gated):  # a step outside the compiled graph has dense gradients
-            gate.enforce_()
-        gate.ran_gated = False
+        gate.stepped_by(optimizer, keeps_zero=keeps_zero)
     if optimizer not in _driven:
         _start(optimizer, gates)
     for controller in _driven.get(optimizer, ()):

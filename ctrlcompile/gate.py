@@ -38,8 +38,8 @@ class Gate:
         grid: `(R, C)`, number of block rows and block columns; the last ones may be partial.
         lists: index lists of the active blocks, int32, rewritten in place by `update_`.
         probes: int32 `[P]`, flat ids `r * C + c` of the inactive blocks whose gradient is measured, padded with -1.
-        signals: float32 `[2, R, C]` leaf; while a controller listens, backward accumulates into its `.grad` the sum
-            over each block of weight * gradient and of gradient ** 2.
+        signals: float32 `[2, R, C]` leaf; backward accumulates into its `.grad` the sum over each block of
+            weight * gradient and of gradient ** 2.
         block_area: float32 `[R, C]`, weight entries in each block (partial blocks have fewer).
     """
 
@@ -61,9 +61,13 @@ class Gate:
         self.block_area = heights[:, None] * widths[None, :]
         self.active = rows * columns
         self.active_area, self.probed_area = float(math.prod(self.shape)), 0.0
-        self.ran_gated = False  # a compiled region used this gate since the last optimizer step
         self._weight = weakref.ref(weight)
         self._optimizer: weakref.ref[torch.optim.Optimizer] | None = None
+        self._gradients = self._gated_gradients = 0  # accumulated into the weight and into signals since the last step
+        if weight.requires_grad:
+            self.signals.requires_grad_(True)
+            weight.register_post_accumulate_grad_hook(self._count_gradient)
+            self.signals.register_post_accumulate_grad_hook(self._count_gated_gradient)
 
     @property
     def mask(self) -> Tensor:
@@ -136,9 +140,20 @@ class Gate:
         if self.active < self._mask.numel():
             self._zero_blocks(~self._mask)
 
-    def stepped_by(self, optimizer: torch.optim.Optimizer) -> None:
-        """Remembers the optimizer that owns the weight's state."""
+    def owned_by(self, optimizer: torch.optim.Optimizer) -> None:
+        """Remembers the optimizer that holds the weight's state, which goes with a block."""
         self._optimizer = weakref.ref(optimizer)
+
+    def stepped_by(self, optimizer: torch.optim.Optimizer, *, keeps_zero: bool) -> None:
+        """Takes note of an optimizer's step: it owns the weight's state, and masked blocks are zero after it.
+
+        keeps_zero: a step of this optimizer leaves an entry zero whose weight, gradient and state are zero. Even so,
+        blocks are zeroed where a gradient came without signals: it was dense, from outside the compiled graph.
+        """
+        self.owned_by(optimizer)
+        if not (keeps_zero and self._gradients == self._gated_gradients > 0):
+            self.enforce_()
+        self._gradients = self._gated_gradients = 0
 
     @property
     def active_share(self) -> float:
@@ -166,6 +181,12 @@ class Gate:
             f"Gate({self.name!r}, shape={self.shape}, block={self.block}, "
             f"{self.active} of {rows} x {columns} blocks active, density={self.density:.3f})"
         )
+
+    def _count_gradient(self, _: Tensor) -> None:
+        self._gradients += 1
+
+    def _count_gated_gradient(self, _: Tensor) -> None:
+        self._gated_gradients += 1
 
     def _check_mask(self, mask: Tensor) -> None:
         if not isinstance(mask, Tensor) or mask.dtype != torch.bool:

@@ -18,7 +18,7 @@ from torch._subclasses import FakeTensor
 from torch.utils.flop_counter import register_flop_formula
 
 from ctrlcompile.kernels import cpu_linear, isa, reference
-from ctrlcompile.kernels.index_lists import BlockLists, build, expand, mask_of
+from ctrlcompile.kernels.index_lists import BlockLists, build, expand, grid_shape, mask_of
 
 ACTIVATIONS = reference.ACTIVATIONS
 
@@ -47,6 +47,9 @@ def _linear(
     ccol_indices: Tensor, row_indices: Tensor, probes: Tensor, block_out: int, block_in: int, activation: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     lists, block = BlockLists(crow_indices, col_indices, ccol_indices, row_indices), (block_out, block_in)
+    _check(x, weight.shape[1], weight, lists, block)
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"activation is one of {ACTIVATIONS}; got {activation!r}")
     rows = _rows(x)
     if (kernel := _kernel(x, weight, block, activation)) is not None:
         y, z = kernel.forward(rows, weight, bias, lists, block, activation)
@@ -61,6 +64,7 @@ def _linear_dgrad(
     block_out: int, block_in: int,
 ) -> Tensor:  # fmt: skip
     lists, block = BlockLists(crow_indices, col_indices, ccol_indices, row_indices), (block_out, block_in)
+    _check(grad, weight.shape[0], weight, lists, block)
     rows = _rows(grad)
     if (kernel := _kernel(grad, weight, block)) is not None:
         grad_x = kernel.dgrad(rows, weight, lists, block)
@@ -74,9 +78,27 @@ def _linear_wgrad(
     row_indices: Tensor, probes: Tensor, block_out: int, block_in: int,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     lists, block = BlockLists(crow_indices, col_indices, ccol_indices, row_indices), (block_out, block_in)
+    _check(grad, weight.shape[0], weight, lists, block)
+    _check(x, weight.shape[1], weight, lists, block)
+    if grad.numel() // grad.shape[-1] != x.numel() // x.shape[-1]:
+        raise ValueError(f"grad of shape {tuple(grad.shape)} and x of shape {tuple(x.shape)} have unequal rows")
     if (kernel := _kernel(x, weight, block)) is not None:
         return kernel.wgrad(_rows(grad), _rows(x), weight, lists, probes, block)
     return reference.linear_wgrad(_rows(grad), _rows(x), weight, mask_of(lists), probes, block)
+
+
+def _check(x: Tensor, features: int, weight: Tensor, lists: BlockLists, block: tuple[int, int]) -> None:
+    # A kernel trusts its pointers, so what does not fit is refused here.
+    if x.dim() == 0 or weight.dim() != 2 or x.shape[-1] != features:
+        raise ValueError(f"an input of shape {tuple(x.shape)} does not fit a weight of {tuple(weight.shape)}")
+    rows, columns = grid_shape((weight.shape[0], weight.shape[1]), block)
+    capacities = (rows + 1, rows * columns, columns + 1, rows * columns)
+    for name, tensor, capacity in zip(lists._fields, lists, capacities, strict=True):
+        if tensor.dtype != torch.int32 or tensor.numel() != capacity or not tensor.is_contiguous():
+            raise ValueError(
+                f"{name} is a contiguous int32 tensor of {capacity} entries for a weight of {tuple(weight.shape)} in "
+                f"blocks of {block}; got {tensor.dtype} of shape {tuple(tensor.shape)}"
+            )
 
 
 def _rows(x: Tensor) -> Tensor:

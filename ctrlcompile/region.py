@@ -92,7 +92,6 @@ class Region:
         for index in variant.gated:
             gate = gates[index]
             assert gate is not None  # the variant was built for this division
-            gate.ran_gated = True
             inputs.extend(gate.inputs)
         return variant.run(*args, *inputs)
 
@@ -158,9 +157,8 @@ def watch() -> Iterator[list[Visit]]:
 
 
 def _example(gate: Gate, late: bool) -> list[Tensor]:
-    """A gate's tensors as the compiler sees them: signals traced as if a controller listened (autograd drops their
-    gradient where none does), and sizes that stay what they are when the batch becomes a symbol."""
-    tensors = [torch.zeros_like(gate.signals).requires_grad_(gate.weight.requires_grad), *gate.inputs[1:]]
+    """A gate's tensors as the compiler sees them: their sizes stay what they are when the batch becomes a symbol."""
+    tensors = list(gate.inputs)
     context = TracingContext.try_get()
     mode = context.fake_mode if context is not None and not late else None
     return tensors if mode is None else [mode.from_tensor(tensor, static_shapes=True) for tensor in tensors]
