@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .budget import Ledger
 from .price import Feedback
+from .probes import Probes
 from .ramp import Ramp
 
 if TYPE_CHECKING:
@@ -32,7 +33,8 @@ def save(controller: Controller) -> dict[str, Any]:
         "feedback": dict(vars(c._feedback)),
         "cursor": list(c._rotation.cursor),
         "credit": list(c._rotation.credit),
-        "probing": [[ids.clone() for ids in step] for step in c._probing],
+        "probes": [c._probes.ids.clone(), list(c._probes.counts)],
+        "probing": [[probes.ids.clone(), list(probes.counts)] for probes in c._probing],
         "tensors": {name: tensor.clone() for name, tensor in _tensors(c).items()},
     }
 
@@ -54,10 +56,11 @@ def load(controller: Controller, state: Mapping[str, Any]) -> None:
     c._ramp = Ramp(**state["ramp"])
     c._feedback = Feedback(**state["feedback"])
     c._rotation.cursor, c._rotation.credit = list(state["cursor"]), list(state["credit"])
-    c._probing = [[ids.to(masks.device, copy=True) for ids in step] for step in state["probing"]]
+    c._probing = [
+        Probes(ids.to(masks.device, copy=True), list(counts)) for ids, counts in (state["probes"], *state["probing"])
+    ]
     c._inbox.clear()
-    c._probed = [True] * len(c._list)
-    c._probe()
+    c._probe(every=True)
 
 
 def _identity(c: Controller) -> dict[str, Any]:
@@ -78,11 +81,8 @@ def _tensors(c: Controller) -> dict[str, Tensor]:
     return {
         "active": c._blocks.active,
         "switched": c._blocks.switched,
-        "returns": c._blocks.returns,
-        "signals_total": c._signals.total,
-        "signals_weight": c._signals.weight,
-        "typical": c._signals.typical,
-        "level": c._signals.level,
+        "bar": c._blocks.bar,
+        **{f"signals.{name}": tensor for name, tensor in vars(c._signals).items()},
         "order": c._rotation.order,
     }
 
@@ -90,7 +90,7 @@ def _tensors(c: Controller) -> dict[str, Tensor]:
 def _check(c: Controller, state: Mapping[str, Any]) -> None:
     """Raises ValueError, in the words of who passed `state`, unless it is a checkpoint of this run."""
     mine = _identity(c)
-    expected = {*mine, "numbers", "ledger", "ramp", "feedback", "cursor", "credit", "probing", "tensors"}
+    expected = {*mine, "numbers", "ledger", "ramp", "feedback", "cursor", "credit", "probes", "probing", "tensors"}
     if missing := expected - state.keys():
         raise ValueError(
             f"state: no state_dict of a Controller, {', '.join(sorted(missing))} missing; nothing was changed. "

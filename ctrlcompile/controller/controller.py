@@ -16,9 +16,9 @@ from .budget import Budget, BudgetError, Ledger
 from .contract import Gate, StepCost
 from .decide import Blocks, Decision, decide, swap_limit
 from .price import Feedback
-from .probes import SPEND, Rotation
+from .probes import SPEND, Probes, Rotation
 from .ramp import OPEN_ENDED, Ramp
-from .signals import Inbox, Layout, Signals, settled
+from .signals import Inbox, Layout, Signals
 
 log = logging.getLogger(__name__)
 
@@ -34,7 +34,7 @@ class Controller:
         budget: a `Budget`, or the share of the dense run's training FLOPs in (0, 1].
         total_steps: optimizer steps of the run. None holds the rate: after a dense start and a ramp of fixed length,
             what comes costs `budget` times dense; the dense start is not paid back.
-        interval: optimizer steps between decisions; by default a hundredth of the run, 1 to 50.
+        interval: optimizer steps between decisions; by default a hundredth of the run, 5 to 50.
         min_density: share of each gate's blocks that always stays.
         driven: True where a hook calls `advance` after each optimizer step; `step` then only notes the loss.
 
@@ -64,7 +64,7 @@ class Controller:
         self.budget = Budget.of(budget)
         self.total_steps = None if total_steps is None else _positive("total_steps", total_steps, "optimizer steps")
         length = self.total_steps or OPEN_ENDED
-        default = min(50, max(1, length // 100))
+        default = min(50, max(5, length // 100))
         self.interval = default if interval is None else _positive("interval", interval, "steps between decisions")
         if not 0 <= min_density <= 1:
             raise ValueError(f"min_density: got {min_density!r}; allowed is 0 to 1, a share of each gate's blocks")
@@ -84,6 +84,7 @@ class Controller:
         self._layout = Layout.of(self._list)
         self._inbox = Inbox(self._list, self._layout)
         sizes = self._layout.lengths
+        self._starts = sizes.cumsum(0) - sizes
         self._least = (sizes * min_density).ceil().long().clamp(min=1)
         self._capacity = [gate.probes.numel() for gate in self._list]
         self._slow = max(10, 2 * self.interval)
@@ -99,14 +100,14 @@ class Controller:
         self._planned = 1.0  # share of the gateable FLOPs that the steps since the last decision were to use
         self._since = [0.0, 0.0]  # gateable FLOPs since then: used, at density 1
         self._ledger = Ledger()
-        self._signals = Signals.of(self._layout, (self._slow / 4, self._slow, 10 * self._slow))
+        self._signals = Signals.of(self._layout, (self._slow / 4, self._slow))
         self._blocks = Blocks.of(self._masks())
         self._density = float(self._cost()[self._blocks.active].sum())
         self._ramp = Ramp(level=self._density)
         self._feedback = Feedback()
         self._rotation = Rotation.of(self._layout)
-        self._probing: list[list[Tensor]] = []  # each gate's block ids for each of the coming steps
-        self._probed = [False] * len(self._list)
+        self._probes = Probes.none(self._layout)  # of the coming step
+        self._probing: list[Probes] = []  # of those after it
 
     # ---------------------------------------------------------------- what users read
 
@@ -170,7 +171,6 @@ class Controller:
     def advance(self) -> None:
         """Takes in the optimizer step that has just run, and decides when a decision is due."""
         self.steps += 1
-        self._probing = self._probing[1:]
         left = None if self.total_steps is None else self.total_steps - self.steps
         self._measure()
         if left == 0:
@@ -195,7 +195,7 @@ class Controller:
             numbers = shared.tolist()
         dense, fixed, used, *gated = numbers
         ran = torch.tensor(gated, device=arrived.device) > 0
-        self._signals.observe(arrived, self._blocks.active, ran, self._layout)
+        self._signals.observe(arrived, self._probes.ids, ran, self._layout)
         self._inbox.clear()
         if dense <= 0:
             if self.steps == 1:
@@ -222,6 +222,7 @@ class Controller:
 
     def _decide(self, left: int | None) -> None:
         ledger, ramp = self._ledger, self._ramp
+        self._signals.fold(self._blocks.active, self._layout)
         self._blocks.active = self._masks()  # the user may have switched blocks
         cost = self._cost()
         self._density = float(cost[self._blocks.active].sum())
@@ -232,7 +233,7 @@ class Controller:
 
         if ramp.progress < 1:
             share = min(0.9, max(0.1, allowed / max(ramp.level, 1e-12)))
-            self.settled = settled(self._signals, self._blocks.active, cost, share)
+            self.settled = self._signals.settled(self._blocks.active, cost, share)
         before = ramp.started, ramp.progress
         wanted, take = ramp.plan(
             self.steps, self.interval, allowed, self.settled, total_steps=self.total_steps, first=self._slow
@@ -289,10 +290,8 @@ class Controller:
         for gate, mask, count in zip(self._list, self._layout.split(decision.active), counts[0], strict=True):
             if count:
                 gate.update_(mask.view(gate.grid))
-        blocks.active = decision.active
-        blocks.switched.masked_fill_(changed, self.steps)
-        blocks.returns += back
-        self._signals.switch_(back, changed & ~back)
+        blocks.switch_(decision.active, self.steps)
+        self._signals.forget_(changed)
         self.price, self._density = decision.price, decision.density
         returned = int(sum(counts[1]))
         self.reactivations += returned
@@ -312,14 +311,14 @@ class Controller:
             capacity=self._capacity,
         )
 
-    def _probe(self) -> None:
-        """Hands each gate the blocks to probe in the coming step."""
-        nothing = self._layout.lengths.new_empty(0)
-        due = self._probing[0] if self._probing else [nothing] * len(self._list)
-        for g, (gate, ids) in enumerate(zip(self._list, due, strict=True)):
-            if ids.numel() or self._probed[g]:
+    def _probe(self, every: bool = False) -> None:
+        """Hands each gate the blocks to probe in the coming step; `every` gate, or those for which that changes."""
+        before, self._probes = self._probes, self._probing.pop(0) if self._probing else Probes.none(self._layout)
+        gate_of = self._layout.gate_of[self._probes.ids]
+        local = (self._probes.ids - self._starts[gate_of]).split(self._probes.counts)
+        for gate, ids, old in zip(self._list, local, before.counts, strict=True):
+            if ids.numel() or old or every:
                 gate.probe_(ids)
-            self._probed[g] = ids.numel() > 0
 
     # ---------------------------------------------------------------- flat views of the gates
 

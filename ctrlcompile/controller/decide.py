@@ -28,18 +28,25 @@ class Blocks:
     Attributes:
         active: bool [N].
         switched: int32 [N], step of the last switch, or NEVER.
-        returns: int32 [N], how often a block has come back.
+        bar: float32 [N], how many times the price an inactive block has to be worth to come back.
     """
 
     active: Tensor
     switched: Tensor
-    returns: Tensor
+    bar: Tensor
 
     @classmethod
     def of(cls, active: Tensor) -> Blocks:
         """Blocks that have never been switched."""
-        returns = torch.zeros_like(active, dtype=torch.int32)
-        return cls(active, torch.full_like(returns, NEVER), returns)
+        switched = torch.full_like(active, NEVER, dtype=torch.int32)
+        return cls(active, switched, torch.full_like(active, 1 + HYSTERESIS, dtype=torch.float32))
+
+    def switch_(self, active: Tensor, step: int) -> None:
+        """Switches to the mask `active` [N]; each return raises a block's bar for the next."""
+        changed = active ^ self.active
+        self.switched.masked_fill_(changed, step)
+        self.bar[changed & active] *= 1 + HYSTERESIS
+        self.active = active
 
 
 @dataclass(frozen=True)
@@ -90,39 +97,42 @@ def decide(
         held: bool [N], blocks that stay as they are (their gate has not reported).
     """
     active = blocks.active
-    worth = benefit.double() / cost.clamp(min=1e-30)
     resting = (step - blocks.switched < dwell) | held
-    bar = (1 + HYSTERESIS) ** (1 + blocks.returns.double())
-    worth = torch.where(active, worth, torch.where(resting | (benefit <= 0), -1.0, worth / bar))
+    worth = benefit / cost.float().clamp(min=1e-30)
+    worth = torch.where(active, worth, torch.where(resting | (benefit <= 0), -1.0, worth / blocks.bar))
     worth, order = worth.sort(descending=True, stable=True)
+    active, cost = active[order], cost[order]
 
-    active_then, cost_then = active[order], cost[order]
-    candidate = ~active_then & (worth > 0)
-    offered = torch.where(candidate, cost_then, 0.0).cumsum(0) - cost_then
-    now = float(torch.where(active_then, cost_then, 0.0).sum())
-    eligible = active_then | (candidate & (offered < swap * ask + max(0.0, ask - now)))
-
-    protected = active_then & (
-        resting[order] | (_rank_within_gate(active_then, order, layout) < least[layout.gate_of[order]])
-    )
-    free = eligible & ~protected
-    paid = torch.where(protected, cost_then, 0.0).sum()
-    before = paid + torch.where(free, cost_then, 0.0).cumsum(0) - cost_then
-    kept = protected | (free & (before < ask - 1e-9))
+    candidate = ~active & (worth > 0)
+    offered = (cost * candidate).cumsum(0) - cost
+    rise = max(0.0, ask - float((cost * active).sum()))
+    eligible = active | (candidate & (offered < swap * ask + rise))
+    protected = active & resting[order]
+    kept = _take(eligible, protected, cost, ask)
+    gate = layout.gate_of[order]
+    if bool((torch.bincount(gate[kept], minlength=least.numel()) < least).any()):
+        protected |= active & (_rank(active, gate) < least[gate])
+        kept = _take(eligible, protected, cost, ask)
 
     result = torch.zeros_like(active)
     result[order] = kept
     priced = worth[kept & ~protected]
-    price = float(priced[-1]) if priced.numel() else 0.0
-    return Decision(result, max(0.0, price), float(cost[result].sum()))
+    price = max(0.0, float(priced[-1])) if priced.numel() else 0.0
+    return Decision(result, price, float((cost * kept).sum()))
 
 
-def _rank_within_gate(active: Tensor, order: Tensor, layout: Layout) -> Tensor:
-    """Rank [N] of each active block among the active ones of its gate, best first; blocks are listed in `order`."""
-    gates = layout.lengths.numel()
-    key = torch.where(active, layout.gate_of[order], gates)
+def _take(eligible: Tensor, protected: Tensor, cost: Tensor, ask: float) -> Tensor:
+    """The protected blocks, and of the eligible ones the first, until they cost `ask`."""
+    free = eligible & ~protected
+    before = (cost * free).cumsum(0) - cost + (cost * protected).sum()
+    return protected | (free & (before < ask - 1e-9))
+
+
+def _rank(active: Tensor, gate: Tensor) -> Tensor:
+    """Rank [N] of each active block among the active ones of its gate; blocks are listed best first."""
+    key = torch.where(active, gate, gate.max() + 1)
     grouped = key.sort(stable=True)
-    starts = torch.bincount(key, minlength=gates + 1).cumsum(0)
+    starts = torch.bincount(key).cumsum(0)
     starts = torch.cat((starts.new_zeros(1), starts))
     rank = torch.empty_like(key)
     rank[grouped.indices] = torch.arange(key.numel(), device=key.device) - starts[grouped.values]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,6 +18,18 @@ from .signals import Layout
 RATE = 0.01  # of the inactive blocks, per step
 SPEND = 0.008  # of the step's FLOPs
 WGRAD = 1 / 2  # share of a block's FLOPs that wgrad has at most: 1/3, or 1/2 in a layer that needs no dgrad
+
+
+class Probes(NamedTuple):
+    """What one step probes: flat block ids, int64 [p], gate by gate, and how many of them are each gate's."""
+
+    ids: Tensor
+    counts: list[int]
+
+    @classmethod
+    def none(cls, layout: Layout) -> Probes:
+        """No block of any gate."""
+        return cls(layout.gate_of[:0], [0] * layout.lengths.numel())
 
 
 @dataclass
@@ -45,8 +58,8 @@ class Rotation:
 
     def next(
         self, active: Tensor, cost: list[float], layout: Layout, *, steps: int, afford: float, capacity: list[int]
-    ) -> list[list[Tensor]]:
-        """The block ids (int64, local to the gate) to probe in each of the next `steps` steps: [steps][G].
+    ) -> list[Probes]:
+        """What to probe in each of the next `steps` steps.
 
         Args:
             active: bool [N].
@@ -57,16 +70,15 @@ class Rotation:
         waiting = ~active[self.order]
         counts = [int(n) for n in layout.sums(waiting.float()[None])[0].tolist()]
         wanted = sum(RATE * n * c * WGRAD for n, c in zip(counts, cost, strict=True))
-        scale = min(1.0, afford / wanted) if wanted > 0 else 0.0
-        rounds: list[Sequence[Tensor]] = []
+        rate = RATE * min(1.0, afford / wanted) if wanted > 0 else 0.0
+        turns: list[Sequence[Tensor]] = []
         for g, (places, ids) in enumerate(zip(layout.split(waiting), layout.split(self.order), strict=True)):
-            self.credit[g] += scale * RATE * counts[g] * steps
+            self.credit[g] += rate * counts[g] * steps
             take = min(int(self.credit[g]), counts[g], capacity[g] * steps)
             self.credit[g] -= int(self.credit[g])
-            free = places.nonzero().flatten()
-            start = int(torch.searchsorted(free, self.cursor[g])) if take else 0
-            picked = free.roll(-start)[:take]
+            picked = places.nonzero().flatten()
             if take:
+                picked = picked.roll(-int(torch.searchsorted(picked, self.cursor[g])))[:take]
                 self.cursor[g] = int(picked[-1]) + 1
-            rounds.append((ids[picked] - layout.offsets[g]).tensor_split(steps))
-        return [list(step) for step in zip(*rounds, strict=True)]
+            turns.append(ids[picked[:take]].tensor_split(steps))
+        return [Probes(torch.cat(turn), [ids.numel() for ids in turn]) for turn in zip(*turns, strict=True)]

@@ -56,10 +56,10 @@ class Ramp:
 
         Returns:
             The mean share of the gateable FLOPs until the next decision, and the steps until then: fewer than
-            `interval` where the path is steep, and 1 at the end of the run, which makes the landing exact.
+            `interval` where the path is steep, and at the end of the run, which makes the landing exact.
         """
         n = None if total_steps is None else total_steps - step
-        take = interval if n is None else max(1, min(interval, n - interval))
+        take = interval if n is None else max(1, min(interval, n // 2))
         length = total_steps or OPEN_ENDED
         if self.started < 0:
             latest = min(WARM_UP[1], WARM_UP_SPEND * max(0.0, allowed)) * length

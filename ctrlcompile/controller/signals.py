@@ -4,10 +4,12 @@ For an active block the rise of the loss when it goes is, to first order, |Σ w�
 Estimation for Neural Network Pruning", 2019, eq. 5). An inactive block has no weight, only a gradient, seen when it is
 probed. |Σ w·g| = ‖w‖·‖g‖·|cos|, so the benefit that it would have with the weight size and the alignment that are
 typical of its gate is ‖g_B‖ · Σ|Σ w·g| / Σ‖g‖, the sums over the gate's active blocks. Norms are kept **relative to
-the mean norm of the same step**: a norm seen a hundred steps ago is then still comparable, since what all blocks share
-(the batch, the learning phase, a loss scale) has cancelled.
+the sum of the same step**: a norm seen a hundred steps ago is then still comparable, since what all blocks share (the
+batch, the learning phase, a loss scale) has cancelled.
 
 All blocks of all gates are one flat vector of N entries; each gate's `signals.grad` is a view into one [2, N] buffer.
+Steps are added up as they come, which is a few passes over N numbers, and folded into averages when a decision is due.
+Nothing here waits for the device.
 """
 
 from __future__ import annotations
@@ -20,7 +22,8 @@ from torch import Tensor
 
 from .contract import Gate
 
-FAST, SLOW, NORM = 0, 1, 2  # rows of the averages: |Σ w·g| over a short and a long horizon, relative ‖g‖
+FAST, SLOW = 0, 1  # rows of the averages of |Σ w·g|: over a short and a long horizon
+PROBE = 0.3  # share of the newest probe in the average of a block's probes
 TINY = torch.finfo(torch.float32).tiny
 
 
@@ -90,97 +93,109 @@ class Inbox:
 
 @dataclass
 class Signals:
-    """Exponential averages of what the gates report.
-
-    A block's average is `total` / `weight`, which debiases it and leaves it as it is while the block is unobserved: an
-    active block is observed in every step, an inactive one when it is probed. A step in which any signal of a gate
-    is NaN or infinite leaves that gate's averages as they were.
+    """What the gates have reported: sums since the last fold, and debiased exponential averages.
 
     Attributes:
-        total, weight: float32 [3, N], rows FAST, SLOW, NORM.
-        typical: float32 [2, G], Σ|Σ w·g| and Σ‖g‖ over the active blocks of each gate; their ratio is what counts.
-        level: float32 [2], total and weight of the mean ‖g‖ that norms are relative to.
-        rate: float32 [3, 1], share of the newest observation: 1 / horizon.
+        sums: float32 [2, N], |Σ w·g| and ‖g‖ of each block, added up over the steps since the last fold.
+        steps: float32 [G], how many steps of each gate these are.
+        total, weight: float32 [2, N], rows FAST and SLOW; an active block's average |Σ w·g| is total / weight.
+        typical: float32 [2, G], Σ|Σ w·g| and Σ‖g‖ over the active blocks of a gate; their ratio is what counts.
+        level: float32 [2], total and weight of the sum of all ‖g‖ in a step.
+        probed: float32 [2, N], total and weight of each inactive block's ‖g‖ / sum of all ‖g‖ in the step.
+        keep: float32 [2, 1], what the averages FAST and SLOW keep in a step: 1 − 1 / horizon.
     """
 
+    sums: Tensor
+    steps: Tensor
     total: Tensor
     weight: Tensor
     typical: Tensor
     level: Tensor
-    rate: Tensor
+    probed: Tensor
+    keep: Tensor
 
     @classmethod
-    def of(cls, layout: Layout, horizons: tuple[float, float, float]) -> Signals:
-        """Empty averages; `horizons` in steps, for FAST, SLOW and NORM."""
+    def of(cls, layout: Layout, horizons: tuple[float, float]) -> Signals:
+        """Nothing reported yet; `horizons` in steps, FAST and SLOW."""
         n, g, device = layout.gate_of.numel(), layout.lengths.numel(), layout.gate_of.device
-        total, weight = torch.zeros(3, n, device=device), torch.zeros(3, n, device=device)
-        rate = torch.tensor([[1 / h] for h in horizons], device=device)
-        return cls(total, weight, torch.zeros(2, g, device=device), torch.zeros(2, device=device), rate)
+        sums, total, weight, probed = torch.zeros(4, 2, n, device=device)
+        typical, level = torch.zeros(2, g, device=device), torch.zeros(2, device=device)
+        keep = torch.tensor([[1 - 1 / h] for h in horizons], device=device)
+        return cls(sums, torch.zeros(g, device=device), total, weight, typical, level, probed, keep)
 
-    def observe(self, arrived: Tensor, active: Tensor, ran: Tensor, layout: Layout) -> None:
-        """Takes in the signals `arrived` [2, N] of one step, made under `active` [N] by the gates `ran` [G]."""
-        contribution, norm = arrived[0].abs(), arrived[1].sqrt()
-        sums = layout.sums(torch.stack((contribution, norm * active, norm, active.float())))
-        seen = ran & (sums[0] + sums[2]).isfinite()
-        sums = torch.where(seen, sums, 0.0)
-        slow = self.rate[SLOW]
+    def observe(self, arrived: Tensor, probes: Tensor, ran: Tensor, layout: Layout) -> None:
+        """Takes in one step. A step with any NaN or infinite signal is ignored as a whole.
 
-        alive = sums[1] > 0
-        self.typical += torch.where(alive, slow, 0.0) * (sums[:2] - self.typical)
-        mean = sums[2].sum() / sums[3].sum().clamp(min=1)
-        some = mean > 0
-        self.level += torch.where(some, slow, 0.0) * (torch.stack((mean, torch.ones_like(mean))) - self.level)
+        Args:
+            arrived: float32 [2, N], signed Σ w·g and Σ g²; used as scratch.
+            probes: int64 [p], flat ids of the inactive blocks probed in it.
+            ran: bool [G], gates that had a part in it.
+        """
+        arrived[0].abs_()
+        arrived[1].sqrt_()
+        sums = arrived.sum(1)
+        valid = sums.sum().isfinite()
+        self.sums += torch.where(valid, arrived, 0.0)
+        self.steps += valid & ran
+        share = torch.where(valid, arrived[1, probes] / sums[1].clamp(min=TINY), 0.0)
+        rate = PROBE * (valid & ran[layout.gate_of[probes]])
+        self.probed[:, probes] += rate * (torch.stack((share, torch.ones_like(share))) - self.probed[:, probes])
 
-        valid = seen[layout.gate_of]
-        shown = valid & active
-        observed = valid & some & (active | (norm > 0))
-        contribution = torch.where(shown, contribution, 0.0)
-        relative = torch.where(observed, norm / mean, 0.0)
-        keep = 1 - self.rate * valid
-        self.total.mul_(keep).add_(torch.stack((contribution, contribution, relative)).mul_(self.rate))
-        self.weight.mul_(keep).add_(torch.stack((shown, shown, observed)) * self.rate)
+    def fold(self, active: Tensor, layout: Layout) -> None:
+        """Folds the steps since the last fold into the averages; they were made under the mask `active` [N]."""
+        shown = active.float()
+        mean = self.sums * (shown / self.steps.clamp(min=1)[layout.gate_of])
+        rate = 1 - self.keep**self.steps  # [2, G]: as many steps as there were, each with their mean
+        per_block = rate[:, layout.gate_of]
+        self.total += per_block * (mean[0] - self.total)
+        self.weight += per_block * (shown - self.weight)
 
-    def average(self, row: int) -> Tensor:
-        """[N]; 0 where nothing has been observed."""
+        of_gates = layout.sums(mean)
+        alive = of_gates[1] > 0
+        self.typical += torch.where(alive, rate[SLOW], 0.0) * (of_gates - self.typical)
+        everything = self.sums[1].sum() / self.steps.max().clamp(min=1)
+        newest = torch.where(everything > 0, rate[SLOW].max(), 0.0)
+        self.level += newest * (torch.stack((everything, torch.ones_like(everything))) - self.level)
+        self.sums.zero_()
+        self.steps.zero_()
+
+    def contribution(self, row: int) -> Tensor:
+        """Average |Σ w·g| [N] of active blocks; 0 where nothing is known."""
         return self.total[row] / self.weight[row].clamp(min=TINY)
 
     def benefit(self, active: Tensor, layout: Layout) -> Tensor:
         """First-order benefit [N] of every block, in units of the loss: measured if active, else expected."""
         alignment = self.typical[0] / self.typical[1].clamp(min=TINY)
-        norm = self.average(NORM) * (self.level[0] / self.level[1].clamp(min=TINY))
-        return torch.where(active, self.average(SLOW), norm * alignment[layout.gate_of])
+        scale = alignment * (self.level[0] / self.level[1].clamp(min=TINY))
+        expected = self.probed[0] / self.probed[1].clamp(min=TINY) * scale[layout.gate_of]
+        return torch.where(active, self.contribution(SLOW), expected)
 
     def reported(self) -> Tensor:
         """bool [G]: gates that have had a gradient so far; of a frozen weight nothing is known."""
         return self.typical[1] > 0
 
-    def switch_(self, back: Tensor, gone: Tensor) -> None:
-        """Blocks `back` (bool [N]) start with zero weights, so with no contribution that is known.
+    def forget_(self, switched: Tensor) -> None:
+        """Blocks `switched` (bool [N]) start afresh: what they were on the other side says little."""
+        for average in (self.total, self.weight, self.probed):
+            average.masked_fill_(switched, 0.0)
 
-        Of blocks `gone`, the norm while they were active counts as much as one probe from now on, so that a few probes
-        can tell a change.
+    def settled(self, active: Tensor, cost: Tensor, share: float) -> float:
+        """How far the ranking of blocks has stopped changing, 0 to 1.
+
+        The short and the long horizon each pick the best `share` of the active blocks by benefit per cost; 0 means that
+        they agree no better than chance, 1 that they pick the same. This is the mask distance of You et al., "Drawing
+        Early-Bird Tickets" (2020), §3, put on the scale between chance and identity. It counts only as far as the long
+        horizon has filled, since two averages of the same few steps agree for no good reason.
         """
-        self.total[:NORM].masked_fill_(back, 0.0)
-        self.weight[:NORM].masked_fill_(back, 0.0)
-        self.total[NORM] = torch.where(gone, self.average(NORM) * self.rate[NORM], self.total[NORM])
-        self.weight[NORM] = torch.where(gone, self.rate[NORM] * (self.weight[NORM] > 0), self.weight[NORM])
-
-
-def settled(signals: Signals, active: Tensor, cost: Tensor, share: float) -> float:
-    """How far the ranking of blocks has stopped changing, 0 to 1.
-
-    The short and the long horizon each pick the best `share` of the active blocks by benefit per cost; 0 means that
-    they agree no better than chance, 1 that they pick the same. This is the mask distance of You et al., "Drawing
-    Early-Bird Tickets" (2020), §3, put on the scale between chance and identity. It counts only as far as the long
-    horizon has filled, since two averages of the same few steps agree for no good reason.
-    """
-    fast, slow = (signals.average(row)[active] / cost[active].clamp(min=1e-30) for row in (FAST, SLOW))
-    count = fast.numel()
-    if count < 2:
-        return 1.0
-    picked = min(count - 1, max(1, round(share * count)))
-    chosen = [values > values.kthvalue(count - picked).values for values in (fast, slow)]
-    overlap = float((chosen[0] & chosen[1]).sum()) / picked
-    chance = picked / count
-    filled = float(signals.weight[SLOW][active].mean())
-    return max(0.0, (overlap - chance) / (1 - chance)) * min(1.0, filled)
+        count = int(active.sum())
+        if count < 2:
+            return 1.0
+        picked = min(count - 1, max(1, round(share * count)))
+        chosen = []
+        for row in (FAST, SLOW):
+            worth = torch.where(active, self.contribution(row) / cost.float().clamp(min=TINY), -1.0)
+            chosen.append(worth > worth.kthvalue(worth.numel() - picked).values)
+        agreed = float((chosen[0] & chosen[1]).sum()) / picked
+        chance = picked / count
+        filled = float(self.weight[SLOW].sum()) / count
+        return max(0.0, (agreed - chance) / (1 - chance)) * min(1.0, filled)
