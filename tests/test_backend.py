@@ -1,0 +1,428 @@
+"""The backend as users meet it: models of many kinds, compiled in many ways, compute what the plain model computes."""
+
+import copy
+import io
+import subprocess
+import sys
+import textwrap
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch._dynamo.utils import counters
+from torch.utils.checkpoint import checkpoint
+
+import ctrlcompile as cc
+from ctrlcompile.options import MODES
+
+from .small_models import MLP, gradients, masked_entries, prune_, random_mask
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+OPTIONS = {"block": 8}
+TOLERANCE = {torch.float32: (1e-4, 1e-5), torch.float64: (1e-9, 1e-9), torch.bfloat16: (5e-2, 2e-2)}
+
+
+def compiled_and_pruned(model: nn.Module, block=8, **settings) -> tuple[nn.Module, dict[str, cc.Gate]]:
+    """The compiled model and its gates, with random masks."""
+    gates = cc.gates(model, block)
+    prune_(gates.values())
+    return torch.compile(model, backend="ctrlprune", **settings), gates
+
+
+def assert_like_plain(run, model: nn.Module, *inputs: Tensor, gates: dict[str, cc.Gate] | None = None) -> None:
+    """Output and gradients of `run` are those of the plain model; gradients of masked blocks are zero."""
+    gates = cc.gates(model) if gates is None else gates
+    results = []
+    for call in (run, model):
+        model.zero_grad()
+        leaves = [x.detach().clone().requires_grad_(x.is_floating_point()) for x in inputs]
+        y = call(*leaves)
+        y.float().square().mean().backward()
+        results.append({"output": y, "input": leaves[0].grad, **gradients(model)})
+    mine, plain = results
+    assert mine.keys() == plain.keys()
+    for name, theirs in plain.items():
+        if theirs is None:
+            continue
+        if name in gates:
+            gone = masked_entries(gates[name])
+            assert not mine[name][gone].any(), name
+            theirs = theirs.masked_fill(gone, 0)
+        rtol, atol = TOLERANCE.get(theirs.dtype, (1e-2, 1e-3))
+        torch.testing.assert_close(mine[name], theirs, rtol=rtol, atol=atol, msg=lambda text, n=name: f"{n}: {text}")
+
+
+def test_a_fresh_process_finds_the_backend_without_importing_the_package():
+    script = """
+        import sys, torch
+        from torch import nn
+        model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64))
+        optimizer = torch.optim.AdamW(model.parameters())
+        options = {"budget": 0.5, "total_steps": 20, "block": 16}
+        assert "ctrlcompile" not in sys.modules
+        model = torch.compile(model, backend="ctrlprune", options=options)
+        for _ in range(20):
+            optimizer.zero_grad()
+            model(torch.randn(32, 64)).square().mean().backward()
+            optimizer.step()
+        import ctrlcompile
+        controller = ctrlcompile.controller_of(optimizer)
+        print(controller.steps, round(controller.flops_used / controller.flops_dense, 2))
+    """
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["20", "0.5"]
+
+
+class Broken(nn.Module):
+    """A graph break between two gated linears, and one weight that both graphs read."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc1, self.fc2 = nn.Linear(40, 40), nn.Linear(40, 40)
+
+    def forward(self, x):
+        x = torch.tanh(self.fc2(self.fc1(x)))
+        torch._dynamo.graph_break()
+        return self.fc1(x)
+
+
+def test_graph_breaks_and_a_weight_in_two_regions():
+    model = Broken()
+    run, gates = compiled_and_pruned(model)
+    gate = gates["fc1.weight"]
+    gate.signals.requires_grad_()
+    assert_like_plain(run, model, torch.randn(6, 40))
+    assert counters["stats"]["unique_graphs"] == 2
+    model.zero_grad()
+    gate.signals.grad = None
+    run(torch.randn(6, 40)).square().mean().backward()
+    per_block = F.pad(gate.weight * gate.weight.grad, (0, 0, 0, 0)).view(5, 8, 5, 8).sum((1, 3))
+    torch.testing.assert_close(gate.signals.grad[0], per_block.detach(), rtol=1e-4, atol=1e-5)
+
+
+def test_dynamic_batch_and_sequence_recompile_once_and_stay_right():
+    model = MLP()
+    run, _ = compiled_and_pruned(model)
+    assert_like_plain(run, model, torch.randn(3, 5, 40))
+    assert_like_plain(run, model, torch.randn(4, 7, 40))
+    compiles = counters["stats"]["unique_graphs"]
+    assert compiles <= 2
+    for lead in ((2, 9), (11, 3), (6, 6)):
+        assert_like_plain(run, model, torch.randn(*lead, 40))
+    assert counters["stats"]["unique_graphs"] == compiles
+
+
+@pytest.mark.parametrize("rows", [0, 1])
+def test_an_empty_batch_and_a_batch_of_one(rows):
+    model = MLP()
+    run, gates = compiled_and_pruned(model)
+    x = torch.randn(rows, 40)
+    y = run(x)
+    torch.testing.assert_close(y, model(x))
+    y.sum().backward()
+    mine = gradients(model)
+    model.zero_grad()
+    model(x).sum().backward()
+    for name, grad in gradients(model).items():
+        kept = ~masked_entries(gates[name]) if name in gates else torch.ones_like(grad)
+        torch.testing.assert_close(mine[name], grad * kept, rtol=1e-4, atol=1e-5)
+
+
+def test_evaluation_without_gradients_meets_the_masks_of_training():
+    model = MLP()
+    run, gates = compiled_and_pruned(model)
+    x = torch.randn(8, 40)
+    for _ in range(3):
+        prune_(gates.values())
+        run(x).sum().backward()
+        with torch.no_grad():
+            torch.testing.assert_close(run(x), model(x), rtol=1e-4, atol=1e-5)
+        with torch.inference_mode():
+            torch.testing.assert_close(run(x), model(x), rtol=1e-4, atol=1e-5)
+
+
+def test_a_second_instance_with_other_blocks_and_a_dense_third_share_dynamos_graph():
+    models = [MLP(), MLP(), MLP()]
+    runs = [compiled_and_pruned(model, block)[0] for model, block in zip(models[:2], (8, (16, 8)), strict=True)]
+    cc.gates(models[2], 8, include="fc1*")
+    gate = cc.gates(models[2], include="fc1*")["fc1.weight"]
+    gate.update_(random_mask(gate.grid))
+    runs.append(torch.compile(models[2], backend="ctrlprune"))
+    for _ in range(2):
+        for run, model in zip(runs, models, strict=True):
+            assert_like_plain(run, model, torch.randn(7, 40))
+            assert_like_plain(run, model, torch.randn(9, 40))
+            with torch.no_grad():
+                torch.testing.assert_close(run(x := torch.randn(5, 40)), model(x), rtol=1e-4, atol=1e-5)
+    assert {gate.block for gate in cc.gates(models[1]).values()} == {(16, 8)}
+
+
+def test_module_compile_keeps_the_state_dicts_keys_clean():
+    model = MLP()
+    gates = cc.gates(model, 8)
+    prune_(gates.values())
+    model.compile(backend="ctrlprune")
+    plain = MLP()
+    plain.load_state_dict(model.state_dict())
+    x = torch.randn(6, 40)
+    torch.testing.assert_close(model(x), plain(x))
+    model(x).sum().backward()
+    assert not model.fc1.weight.grad[masked_entries(gates["fc1.weight"])].any()
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_every_allowed_mode_computes_the_same(mode):
+    model = MLP()
+    run, _ = compiled_and_pruned(model, mode=mode)
+    assert_like_plain(run, model, torch.randn(6, 40))
+
+
+def test_a_refused_mode_reaches_the_user():
+    with pytest.raises(Exception, match="mode 'reduce-overhead' is not available with backend 'ctrlprune'"):
+        torch.compile(MLP(), backend="ctrlprune", mode="reduce-overhead")(torch.randn(2, 40))
+
+
+def test_gradient_accumulation_adds_gradients_and_signals_up():
+    model = MLP()
+    run, gates = compiled_and_pruned(model)
+    gate = gates["fc1.weight"]
+    gate.signals.requires_grad_()
+    batches = [torch.randn(6, 40) for _ in range(3)]
+    alone = []
+    for batch in batches:
+        model.zero_grad()
+        gate.signals.grad = None
+        run(batch).square().mean().backward()
+        alone.append((model.fc1.weight.grad.clone(), gate.signals.grad.clone()))
+    model.zero_grad()
+    gate.signals.grad = None
+    for batch in batches:
+        run(batch).square().mean().backward()
+    torch.testing.assert_close(model.fc1.weight.grad, sum(grad for grad, _ in alone))
+    torch.testing.assert_close(gate.signals.grad, sum(signals for _, signals in alone))
+    assert gate.signals.grad[0].any()
+
+
+class Checkpointed(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.body, self.head = MLP(40, 68, 40), nn.Linear(40, 40)
+
+    def forward(self, x):
+        return self.head(checkpoint(self.body, x, use_reentrant=False))
+
+
+def test_activation_checkpointing_is_right_and_leaves_masked_blocks_zero():
+    model = Checkpointed()
+    gates = cc.gates(model, 8)
+    prune_(gates.values())
+    run = torch.compile(model, backend="ctrlprune")
+    optimizer = torch.optim.AdamW(model.parameters())
+    x = torch.randn(6, 40)
+    torch.testing.assert_close(run(x), model(x), rtol=1e-4, atol=1e-5)
+    run(x).square().mean().backward()
+    mine = gradients(model)
+    optimizer.step()
+    for name, gate in gates.items():
+        assert not gate.weight[masked_entries(gate)].any(), name
+    assert mine["body.fc1.weight"].any()
+    rows = {row.name: row for row in cc.explain(run)(x).rows}
+    assert rows["head.weight"].gated
+    assert all(row.gated or row.reason for row in rows.values())
+
+
+def test_a_compiled_block_inside_a_checkpointed_model_recomputes_with_the_same_masks():
+    body = MLP(40, 68, 40)
+    run, gates = compiled_and_pruned(body)
+    assert_like_plain(lambda x: checkpoint(run, x, use_reentrant=False), body, torch.randn(6, 40), gates=gates)
+
+
+def test_frozen_weights_stay_dense_by_themselves_and_gated_when_asked():
+    model = MLP()
+    model.fc1.weight.requires_grad_(False)
+    run = torch.compile(model, backend="ctrlprune", options=OPTIONS)
+    x = torch.randn(6, 40)
+    rows = {row.name: row for row in cc.explain(run)(x).rows}
+    assert not rows["fc1.weight"].gated
+    assert "frozen" in rows["fc1.weight"].reason
+    assert rows["fc2.weight"].gated
+
+    asked = MLP()
+    asked.fc1.weight.requires_grad_(False)
+    run, _ = compiled_and_pruned(asked)
+    assert_like_plain(run, asked, x)
+    assert asked.fc1.weight.grad is None
+
+
+class Tied(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embed, self.fc, self.head = nn.Embedding(48, 40), nn.Linear(40, 40), nn.Linear(40, 48, bias=False)
+        self.head.weight = self.embed.weight
+
+    def forward(self, tokens):
+        return self.head(self.fc(self.embed(tokens)))
+
+
+@pytest.mark.parametrize("gated_first", [False, True])
+def test_a_head_tied_to_an_embedding_stays_dense_with_a_reason(gated_first):
+    model = Tied()
+    if gated_first:
+        cc.gates(model, 8)
+    run = torch.compile(model, backend="ctrlprune", options=OPTIONS)
+    tokens = torch.randint(0, 48, (5, 7))
+    rows = {row.name: row for row in cc.explain(run)(tokens).rows}
+    assert {name: row.gated for name, row in rows.items()} == {"fc.weight": True, "embed.weight": False}
+    assert "embedding" in rows["embed.weight"].reason or "not a linear" in rows["embed.weight"].reason
+    assert list(gates := cc.gates(model)) == ["fc.weight"]
+    prune_(gates.values())
+    assert_like_plain(run, model, tokens)
+
+
+def test_a_parametrized_weight_stays_dense_with_a_reason():
+    model = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(40, 40)), nn.Linear(40, 40))
+    run = torch.compile(model, backend="ctrlprune", options=OPTIONS)
+    x = torch.randn(6, 40)
+    rows = cc.explain(run)(x).rows
+    assert [row.gated for row in rows] == [False, True]
+    assert "parametrization" in rows[0].reason
+    assert_like_plain(run, model, x)
+
+
+class Twice(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(40, 40)
+
+    def forward(self, x):
+        return self.fc(F.gelu(self.fc(x)))
+
+
+def test_a_linear_called_twice_has_one_mask_and_the_sum_of_the_gradients():
+    model = Twice()
+    run, gates = compiled_and_pruned(model)
+    assert_like_plain(run, model, torch.randn(6, 40))
+    assert len(gates) == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64, torch.float16])
+def test_models_in_other_types_are_right_gated_or_not(dtype):
+    model = MLP().to(dtype)
+    run, _ = compiled_and_pruned(model)
+    x = torch.randn(6, 40, dtype=dtype)
+    assert_like_plain(run, model, x)
+    own = MLP().to(dtype)
+    run = torch.compile(own, backend="ctrlprune", options=OPTIONS)
+    assert_like_plain(run, own, x)
+    rows = cc.explain(run)(x).rows
+    assert all(row.gated for row in rows) == (dtype == torch.bfloat16)
+    assert all(row.gated or str(dtype) in row.reason for row in rows)
+
+
+def test_a_model_that_changes_its_type_keeps_its_masks():
+    model = MLP()
+    run, gates = compiled_and_pruned(model)
+    assert_like_plain(run, model, torch.randn(6, 40))
+    masks = {name: gate.mask for name, gate in gates.items()}
+    model.double()
+    assert_like_plain(run, model, torch.randn(6, 40, dtype=torch.float64))
+    assert all(torch.equal(gate.mask, masks[name]) for name, gate in cc.gates(model).items())
+
+
+def test_autocast_trains_in_half_with_the_masters_gradient_zero_where_masked():
+    model = MLP()
+    run, gates = compiled_and_pruned(model)
+    x = torch.randn(64, 40)
+    with torch.autocast("cpu", torch.bfloat16):
+        y, plain = run(x), model(x)
+    assert y.dtype == torch.bfloat16
+    torch.testing.assert_close(y, plain, rtol=5e-2, atol=2e-2)
+    y.float().square().mean().backward()
+    for gate in gates.values():
+        assert gate.weight.grad.dtype == torch.float32
+        assert not gate.weight.grad[masked_entries(gate)].any()
+
+
+def test_a_compiled_function_and_a_compiled_loss_closure_are_gated():
+    model, target = MLP(), torch.randn(6, 36)
+    gates = cc.gates(model, 8)
+    prune_(gates.values())
+
+    @torch.compile(backend="ctrlprune")
+    def loss_of(x):
+        return F.mse_loss(model(x), target)
+
+    x = torch.randn(6, 40)
+    loss = loss_of(x)
+    torch.testing.assert_close(loss, F.mse_loss(model(x), target))
+    loss.backward()
+    for name, gate in gates.items():
+        assert not gate.weight.grad[masked_entries(gate)].any(), name
+        assert gate.weight.grad.any()
+
+    weight = nn.Parameter(torch.randn(64, 40))
+    run = torch.compile(lambda x, w: torch.relu(F.linear(x, w)), backend="ctrlprune", options=OPTIONS)
+    torch.testing.assert_close(run(x, weight), torch.relu(F.linear(x, weight)), rtol=1e-4, atol=1e-5)
+
+
+def test_excluded_names_stay_dense():
+    model = nn.ModuleDict({"body": MLP(40, 68, 40), "head": nn.Linear(40, 40)})
+    forward = nn.Sequential(*model.values())
+    run = torch.compile(forward, backend="ctrlprune", options={**OPTIONS, "exclude": ["*fc2*"]})
+    rows = {row.name: row for row in cc.explain(run)(torch.randn(6, 40)).rows}
+    assert {name: row.gated for name, row in rows.items()} == {
+        "0.fc1.weight": True,
+        "0.fc2.weight": False,
+        "1.weight": True,
+    }
+    assert "*fc2*" in rows["0.fc2.weight"].reason
+
+
+def test_copies_and_pickles_of_a_pruned_model_compute_the_same_and_prune_by_themselves():
+    model = MLP()
+    run, gates = compiled_and_pruned(model)
+    x = torch.randn(6, 40)
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    copies = [copy.deepcopy(model), torch.load(file, weights_only=False), copy.deepcopy(run)._orig_mod]
+    for other in copies:
+        fast = torch.compile(other, backend="ctrlprune", options=OPTIONS)
+        torch.testing.assert_close(fast(x), run(x), rtol=1e-4, atol=1e-5)
+        own = cc.gates(other)
+        before = {name: gate.mask for name, gate in gates.items()}
+        prune_(own.values())
+        assert_like_plain(fast, other, x)
+        assert all(torch.equal(gate.mask, before[name]) for name, gate in gates.items())
+
+
+def test_dense_values_loaded_into_a_pruned_model_do_not_survive_in_masked_blocks():
+    model = MLP()
+    run, gates = compiled_and_pruned(model)
+    optimizer = torch.optim.AdamW(model.parameters())
+    x = torch.randn(6, 40)
+    run(x).sum().backward()
+    optimizer.step()
+    model.load_state_dict(MLP().state_dict())
+    optimizer.zero_grad()
+    run(x).sum().backward()
+    optimizer.step()
+    for name, gate in gates.items():
+        assert not gate.weight[masked_entries(gate)].any(), name
+    torch.testing.assert_close(run(x), model(x), rtol=1e-4, atol=1e-5)
+
+
+def test_other_layers_are_inductors_business():
+    model = nn.Sequential(nn.Conv1d(4, 8, 3, padding=1), nn.LayerNorm(40), nn.Linear(40, 40), nn.Dropout(0.0))
+    run, _ = compiled_and_pruned(model)
+    assert_like_plain(run, model, torch.randn(3, 4, 40))
+
+
+def test_a_model_without_anything_to_gate_runs_as_inductor_runs_it():
+    model = nn.Sequential(nn.Linear(12, 12), nn.Tanh())
+    run = torch.compile(model, backend="ctrlprune")
+    assert_like_plain(run, model, torch.randn(3, 12))
+    assert cc.gates(run) == {}
