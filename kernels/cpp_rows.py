@@ -59,7 +59,7 @@ struct Call {
   int64_t x_stride;
   const w_t* weight;
   int64_t weight_stride;
-  const float* bias;
+  const float* bias;  // up to whole blocks
   const int32_t* offsets;  // the list of output block r is indices[offsets[r] .. offsets[r + 1]]
   const int32_t* indices;
   x_t *y, *z;
@@ -116,60 +116,59 @@ $PACKS
 
 // ---- the inner kernel ----------------------------------------------------------------------------------------------
 
+// Stores z where it is wanted, and y.
 template <class V, int VECTORS, int ROWS>
-void finish(const Call& c, int64_t row, int64_t column, typename V::f (&acc)[ROWS][VECTORS]) {
+INLINE void finish(const Call& c, int64_t row, int64_t column, typename V::f (&acc)[ROWS][VECTORS]) {
   constexpr int WIDTH = VECTORS * V::lanes;
   const int64_t width = std::min<int64_t>(WIDTH, c.outputs - column);
-  if (c.bias) {
-    float bias[WIDTH] = {};
-    std::memcpy(bias, c.bias + column, width * sizeof(float));
-    UNROLL for (int i = 0; i < ROWS; ++i)
-      UNROLL for (int v = 0; v < VECTORS; ++v) acc[i][v] += load<V>(bias + v * V::lanes);
-  }
+  x_t* y = c.y + row * c.outputs + column;
+  x_t* z = c.z + row * c.outputs + column;
   if (width == WIDTH) {
-    UNROLL for (int i = 0; i < ROWS; ++i)
+    UNROLL for (int i = 0; i < ROWS; ++i, y += c.outputs, z += c.outputs)
       UNROLL for (int v = 0; v < VECTORS; ++v) {
-        const int64_t at = (row + i) * c.outputs + column + v * V::lanes;
-        if (KEEPS_Z) store<V>(c.z + at, acc[i][v]);
-        store<V>(c.y + at, activate(acc[i][v]));
-      }
-  } else {
-    for (int i = 0; i < ROWS; ++i) {
-      x_t y[WIDTH], z[WIDTH];
-      UNROLL for (int v = 0; v < VECTORS; ++v) {
-        store<V>(z + v * V::lanes, acc[i][v]);
+        if (KEEPS_Z) store<V>(z + v * V::lanes, acc[i][v]);
         store<V>(y + v * V::lanes, activate(acc[i][v]));
       }
-      const int64_t at = (row + i) * c.outputs + column;
-      if (KEEPS_Z) std::memcpy(c.z + at, z, width * sizeof(x_t));
-      std::memcpy(c.y + at, y, width * sizeof(x_t));
+  } else {
+    UNROLL for (int i = 0; i < ROWS; ++i, y += c.outputs, z += c.outputs) {
+      x_t whole[2][WIDTH];
+      UNROLL for (int v = 0; v < VECTORS; ++v) {
+        store<V>(whole[0] + v * V::lanes, activate(acc[i][v]));
+        store<V>(whole[1] + v * V::lanes, acc[i][v]);
+      }
+      std::memcpy(y, whole[0], width * sizeof(x_t));
+      if (KEEPS_Z) std::memcpy(z, whole[1], width * sizeof(x_t));
     }
   }
 }
 
 template <class V, int VECTORS, int ROWS>
 __attribute__((noinline)) void kernel(const Call& c, int r, int strip, const float* x, int64_t row) {
-  typename V::f acc[ROWS][VECTORS] = {};
+  const int64_t column = (int64_t)r * OUT + strip;
+  typename V::f acc[ROWS][VECTORS];
+  UNROLL for (int i = 0; i < ROWS; ++i)
+    UNROLL for (int v = 0; v < VECTORS; ++v) acc[i][v] = load<V>(c.bias + column + v * V::lanes);
   const int length = c.offsets[r + 1] - c.offsets[r];
   const int32_t* list = c.indices + c.offsets[r];
   const float* w = c.packed + (int64_t)c.offsets[r] * OUT * IN + (int64_t)strip * length * IN;
   const int64_t stride = c.tile_stride;
   for (int j = 0; j < length; ++j) {
-    const float* from = x + (int64_t)list[j] * IN;
     const float* next = x + (int64_t)list[j + 1 < length ? j + 1 : 0] * IN;
-    UNROLL for (int i = 0; i < ROWS; ++i)
-      for (int k = 0; k < IN; k += 16) __builtin_prefetch(next + i * stride + k);
-    for (int k = 0; k < IN; k += 8) {
-      UNROLL for (int step = 0; step < 8; ++step) {
+    for (int i = 0; i < ROWS; ++i, next += stride)
+      UNROLL for (int k = 0; k < IN; k += 16) __builtin_prefetch(next + k);
+    const float* from = x + (int64_t)list[j] * IN;
+    // Two steps, not more: instructions whose offsets fit a byte decode at the rate at which they execute.
+    for (int k = 0; k < IN; k += 2, from += 2) {
+      UNROLL for (int step = 0; step < 2; ++step) {
         typename V::f b[VECTORS];
         UNROLL for (int v = 0; v < VECTORS; ++v) b[v] = load<V>(w + v * V::lanes);
         UNROLL for (int i = 0; i < ROWS; ++i)
-          UNROLL for (int v = 0; v < VECTORS; ++v) acc[i][v] += from[i * stride + k + step] * b[v];
+          UNROLL for (int v = 0; v < VECTORS; ++v) acc[i][v] += from[i * stride + step] * b[v];
         w += VECTORS * V::lanes;
       }
     }
   }
-  finish<V, VECTORS, ROWS>(c, row, (int64_t)r * OUT + strip, acc);
+  finish<V, VECTORS, ROWS>(c, row, column, acc);
 }
 
 template <class V, int VECTORS, int ROWS>
@@ -219,7 +218,7 @@ struct Plan {
 // Bytes of scratch that run() needs.
 extern "C" int64_t scratch_bytes(int64_t rows, int64_t outputs, int64_t inputs, int64_t tile_rows, int threads) {
   const Plan p(rows, outputs, inputs, tile_rows);
-  return 4 * (p.packed_floats + threads * p.tile_floats + p.counters);
+  return 4 * (p.packed_floats + threads * p.tile_floats + p.blocks * OUT + p.counters);
 }
 
 // x [rows, inputs], y and z [rows, outputs].
@@ -228,12 +227,14 @@ extern "C" void run(const x_t* x, int64_t x_stride, const w_t* weight, int64_t w
                     int64_t inputs, int64_t tile_rows, int threads, float* scratch) {
   const Plan p(rows, outputs, inputs, tile_rows);
   float* const tile_buffers = scratch + p.packed_floats;
-  int32_t* const order = (int32_t*)(tile_buffers + threads * p.tile_floats);
+  float* const whole_bias = tile_buffers + threads * p.tile_floats;
+  int32_t* const order = (int32_t*)(whole_bias + p.blocks * OUT);
   int32_t* const starts = order + p.blocks;
   int32_t* const next_block = starts + p.columns + 2;
   int32_t* const next_tile = next_block + p.tiles;
-  const Call c = {x, x_stride, weight, weight_stride, bias, offsets, indices, y, z, rows, outputs, inputs, scratch,
-                  p.tile_stride};
+  const Call c = {x, x_stride, weight, weight_stride, whole_bias, offsets, indices, y, z, rows, outputs, inputs,
+                  scratch, p.tile_stride};
+  for (int64_t o = 0; o < p.blocks * OUT; ++o) whole_bias[o] = bias && o < outputs ? bias[o] : 0;
   sort_by_length(c, p.blocks, p.columns, starts, order);
   std::fill(next_block, next_tile + 1, 0);
 

@@ -15,7 +15,15 @@ from .isa import Isa, panels
 def source(isa: Isa, block: tuple[int, int], x_dtype: torch.dtype, weight_dtype: torch.dtype) -> str:
     """C++ for blocks of `block` (sides along the weight's rows and columns)."""
     strips = panels(block[1], isa)
-    calls = "\n".join(f"    strip<v{s.lanes}, {s.vectors}, {s.rows}, {s.first}>(g, x, rows, sums);" for s in strips)
+    calls = "\n".join(
+        f"  strip<v{s.lanes}, {s.vectors}, {s.rows}, {s.first}>"
+        f"(g, x + {s.first} * chunk + first * {s.width}, rows, sums);"
+        for s in strips
+    )
+    copies = "\n".join(
+        f"    copy<{s.width}>(from + {s.first}, k - b * IN - {s.first}, to + {s.first} * chunk + m * {s.width});"
+        for s in strips
+    )
     return (
         f"// Block-sparse linear, weight gradient: {block[0]} x {block[1]} blocks (output x input columns), "
         f"{x_dtype} x {weight_dtype}, {isa.name}.\n"
@@ -27,7 +35,7 @@ typedef {cpp_vectors.SCALARS[str(weight_dtype)]} w_t;
 constexpr int OUT = {block[0]}, IN = {block[1]};
 constexpr int64_t RESIDENT = {_resident_rows(block)};  // rows whose two panels fit the first-level cache
 """
-        + _BODY.replace("$CALLS", calls)
+        + _BODY.replace("$CALLS", calls).replace("$COPIES", copies)
     )
 
 
@@ -40,22 +48,26 @@ struct Entry { int32_t row, column, written; };  // a block to compute; written:
 
 // ---- packing -------------------------------------------------------------------------------------------------------
 
-// Rows [first, last) of `from` [rows, size], for each block of columns SIDE wide that is used: to[block][row][column].
-template <int SIDE>
-void pack(const x_t* from, int64_t stride, int64_t size, const char* used, int64_t first, int64_t last, int64_t panel,
-          float* to) {
-  for (int64_t m = first; m < last; ++m) {
-    const x_t* row = from + m * stride;
-    float* out = to + (m - first) * SIDE;
-    for (int64_t c = 0; c < size; c += SIDE, ++used, out += panel) {
-      if (!*used) continue;
-      if (c + SIDE <= size) {
-        for (int i = 0; i < SIDE; i += Narrow::lanes) store<Narrow>(out + i, load<Narrow>(row + c + i));
-      } else {
-        for (int i = 0; i < SIDE; ++i) out[i] = c + i < size ? to_float(row[c + i]) : 0.0f;
-      }
-    }
-    used -= (size + SIDE - 1) / SIDE;
+// WIDTH columns of one row as float32; zero from `size` on.
+template <int WIDTH> INLINE void copy(const x_t* from, int64_t size, float* to) {
+  if (size >= WIDTH) {
+    UNROLL for (int i = 0; i < WIDTH; i += Narrow::lanes) store<Narrow>(to + i, load<Narrow>(from + i));
+  } else {
+    for (int i = 0; i < WIDTH; ++i) to[i] = i < size ? to_float(from[i]) : 0.0f;
+  }
+}
+
+// Row `m` of a chunk of g [rows, n] to [block][row of the chunk][column], for the blocks that are used.
+void pack_g(const x_t* from, int64_t n, const char* used, int64_t m, int64_t chunk, float* to) {
+  for (int64_t b = 0; b * OUT < n; ++b)
+    if (used[b]) copy<OUT>(from + b * OUT, n - b * OUT, to + (b * chunk + m) * OUT);
+}
+
+// Row `m` of a chunk of x [rows, k] to [block][strip][row of the chunk][column], for the blocks that are used.
+void pack_x(const x_t* from, int64_t k, const char* used, int64_t m, int64_t chunk, float* to) {
+  for (int64_t b = 0; b * IN < k; ++b, from += IN, to += chunk * IN) {
+    if (!used[b]) continue;
+$COPIES
   }
 }
 
@@ -64,38 +76,39 @@ void pack(const x_t* from, int64_t stride, int64_t size, const char* used, int64
 // sums[ROWS rows of the block][a strip] += g^T x over `rows` rows.
 template <class V, int VECTORS, int ROWS>
 __attribute__((noinline)) void kernel(const float* g, const float* x, int64_t rows, float* sums) {
+  constexpr int WIDTH = VECTORS * V::lanes;
   typename V::f acc[ROWS][VECTORS];
   UNROLL for (int i = 0; i < ROWS; ++i)
     UNROLL for (int v = 0; v < VECTORS; ++v) acc[i][v] = load<V>(sums + i * IN + v * V::lanes);
   auto step = [&](int m) __attribute__((always_inline)) {
     typename V::f b[VECTORS];
-    UNROLL for (int v = 0; v < VECTORS; ++v) b[v] = load<V>(x + m * IN + v * V::lanes);
+    UNROLL for (int v = 0; v < VECTORS; ++v) b[v] = load<V>(x + m * WIDTH + v * V::lanes);
     UNROLL for (int i = 0; i < ROWS; ++i)
       UNROLL for (int v = 0; v < VECTORS; ++v) acc[i][v] += g[m * OUT + i] * b[v];
   };
-  for (; rows >= 4; rows -= 4, g += 4 * OUT, x += 4 * IN) {
+  // Two steps, not more: instructions whose offsets fit a byte decode at the rate at which they execute.
+  for (; rows >= 2; rows -= 2, g += 2 * OUT, x += 2 * WIDTH) {
     step(0);
     step(1);
-    step(2);
-    step(3);
   }
-  for (; rows > 0; --rows, g += OUT, x += IN) step(0);
+  if (rows) step(0);
   UNROLL for (int i = 0; i < ROWS; ++i)
     UNROLL for (int v = 0; v < VECTORS; ++v) store<V>(sums + i * IN + v * V::lanes, acc[i][v]);
 }
 
-// One strip of the block's columns, its rows in groups of nearly equal size.
+// A strip of the block's columns, from column AT on, its rows in groups of nearly equal size.
 template <class V, int VECTORS, int ROWS, int AT>
 void strip(const float* g, const float* x, int64_t rows, float* sums) {
   constexpr int GROUPS = (OUT + ROWS - 1) / ROWS, SMALL = OUT / GROUPS, LARGER = OUT % GROUPS;
   int row = 0;
   for (int i = 0; i < LARGER; ++i, row += SMALL + 1)
-    kernel<V, VECTORS, SMALL + (LARGER > 0)>(g + row, x + AT, rows, sums + row * IN + AT);
-  for (int i = LARGER; i < GROUPS; ++i, row += SMALL)
-    kernel<V, VECTORS, SMALL>(g + row, x + AT, rows, sums + row * IN + AT);
+    kernel<V, VECTORS, SMALL + (LARGER > 0)>(g + row, x, rows, sums + row * IN + AT);
+  for (int i = LARGER; i < GROUPS; ++i, row += SMALL) kernel<V, VECTORS, SMALL>(g + row, x, rows, sums + row * IN + AT);
 }
 
-void product(const float* g, const float* x, int64_t rows, float* sums) {
+// Adds `rows` rows of the chunk, from `first` on, to the block's sums.
+void product(const float* g, const float* x, int64_t first, int64_t rows, int64_t chunk, float* sums) {
+  g += first * OUT;
 $CALLS
 }
 
@@ -204,12 +217,10 @@ extern "C" void run(const x_t* g, int64_t g_stride, const x_t* x, int64_t x_stri
 
     for (int64_t q = 0; q < p.chunks; ++q) {
       const int64_t first = part(rows, p.chunks, q), last = part(rows, p.chunks, q + 1), size = last - first;
-      const int64_t pieces = (size + 15) / 16;
-#pragma omp for schedule(dynamic, 1)
-      for (int64_t i = 0; i < pieces; ++i) {
-        const int64_t from = first + i * 16, to = std::min(from + 16, last);
-        pack<OUT>(g, g_stride, n, used_rows, from, to, p.chunk * OUT, packed_g + i * 16 * OUT);
-        pack<IN>(x, x_stride, k, used_columns, from, to, p.chunk * IN, packed_x + i * 16 * IN);
+#pragma omp for schedule(dynamic, 16)
+      for (int64_t m = 0; m < size; ++m) {
+        pack_g(g + (first + m) * g_stride, n, used_rows, m, p.chunk, packed_g);
+        pack_x(x + (first + m) * x_stride, k, used_columns, m, p.chunk, packed_x);
       }
 #pragma omp for schedule(dynamic, 2)
       for (int64_t i = 0; i < count; ++i) {
@@ -221,8 +232,7 @@ extern "C" void run(const x_t* g, int64_t g_stride, const x_t* x, int64_t x_stri
           std::memcpy(sums, kept + i * OUT * IN, sizeof sums);
         const float* gp = packed_g + e.row * p.chunk * OUT;
         const float* xp = packed_x + e.column * p.chunk * IN;
-        for (int64_t m = 0; m < size; m += RESIDENT)
-          product(gp + m * OUT, xp + m * IN, std::min(RESIDENT, size - m), sums);
+        for (int64_t m = 0; m < size; m += RESIDENT) product(gp, xp, m, std::min(RESIDENT, size - m), p.chunk, sums);
         const int64_t at = (int64_t)e.row * p.width + e.column;
         if (q + 1 < p.chunks)
           std::memcpy(kept + i * OUT * IN, sums, sizeof sums);
