@@ -1,0 +1,63 @@
+"""Masks of one's own: no controller, only gates that one sets, before training and in the middle of it.
+
+An MLP learns a smooth function of 256 inputs. Its second layer is a band of blocks from the start; its first layer
+loses the weaker half of its blocks after 100 steps, in place and without a recompile.
+
+    python examples/static_mask.py
+
+ends with a picture of the band (`█` active, `▒` half, one character per 2 x 1 blocks) and the gates:
+
+                          ▒████████▒
+    █▒                      ▒███████
+    ███▒                      ▒█████
+    Gate('0.weight', shape=(1024, 256), block=(32, 32), 128 of 32 x 8 blocks active, density=0.500)
+    Gate('2.weight', shape=(1024, 1024), block=(32, 32), 288 of 32 x 32 blocks active, density=0.281)
+"""
+
+import torch
+from torch import Tensor, nn
+
+import ctrlcompile as cc
+
+
+def band(rows: int, columns: int, reach: int) -> Tensor:
+    """True where block row and block column are at most `reach` apart, counted along a circle."""
+    distance = (torch.arange(rows)[:, None] - torch.arange(columns)[None]).abs()
+    return torch.minimum(distance, columns - distance) <= reach
+
+
+def strongest(gate: cc.Gate, weight: Tensor, density: float) -> Tensor:
+    """True for the blocks whose weights have the largest sum of squares."""
+    (rows, columns), (height, width) = gate.grid, gate.block
+    strength = weight.detach().square().view(rows, height, columns, width).sum((1, 3))
+    return strength > strength.quantile(1 - density)
+
+
+def main() -> None:
+    torch.manual_seed(0)
+    teacher = torch.randn(256, 8) / 16
+    model = nn.Sequential(nn.Linear(256, 1024), nn.GELU(), nn.Linear(1024, 1024), nn.GELU(), nn.Linear(1024, 1))
+    gates = cc.gates(model, block=32, exclude=["4.*"])
+    gates["2.weight"].update_(band(*gates["2.weight"].grid, reach=4))
+
+    compiled = torch.compile(model, backend="ctrlprune")
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    for step in range(201):
+        x = torch.randn(512, 256)
+        loss = nn.functional.mse_loss(compiled(x), (x @ teacher).sin().sum(1, keepdim=True))
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if step == 100:
+            gates["0.weight"].update_(strongest(gates["0.weight"], model[0].weight, density=0.5))
+        if step % 50 == 0:
+            print(f"step {step:3d}  loss {loss.item():.3f}")
+
+    print(cc.explain(compiled)(x))
+    print(gates["2.weight"].picture())
+    for gate in gates.values():
+        print(gate)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,357 @@
+"""Train a character-level GPT, pruned in blocks while it trains, and compare it with dense training.
+
+python examples/train_gpt.py                    # text that comes with Python; prunes to 0.4 of the dense FLOPs
+python examples/train_gpt.py --data FILE        # any text file
+python examples/train_gpt.py --compare          # also trains it dense, and a narrower dense one of equal FLOPs
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import math
+import platform
+import statistics
+import sysconfig
+import time
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field, replace
+from itertools import accumulate
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.optim.lr_scheduler import LambdaLR
+from torch.utils.flop_counter import FlopCounterMode
+
+import ctrlcompile as cc
+
+RUNS = ("ctrlprune", "dense", "narrow")
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The size of a GPT."""
+
+    layers: int
+    width: int
+    heads: int
+    context: int
+    symbols: int
+
+
+class Block(nn.Module):
+    """Causal self-attention and an MLP of four times the width, each on a normalised residual stream."""
+
+    def __init__(self, shape: Shape) -> None:
+        super().__init__()
+        width, self.heads = shape.width, shape.heads
+        self.norm1 = nn.LayerNorm(width)
+        self.qkv = nn.Linear(width, 3 * width)
+        self.attention_out = nn.Linear(width, width)
+        self.norm2 = nn.LayerNorm(width)
+        self.fc1 = nn.Linear(width, 4 * width)
+        self.fc2 = nn.Linear(4 * width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(self.norm1(x)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        attended = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        x = x + self.attention_out(attended.transpose(1, 2).flatten(2))
+        return x + self.fc2(F.gelu(self.fc1(self.norm2(x))))
+
+
+class GPT(nn.Module):
+    """tokens [batch, time] and targets [batch, time], int64 -> mean cross-entropy in nats per character."""
+
+    def __init__(self, shape: Shape) -> None:
+        super().__init__()
+        self.token = nn.Embedding(shape.symbols, shape.width)
+        self.position = nn.Embedding(shape.context, shape.width)
+        self.blocks = nn.ModuleList(Block(shape) for _ in range(shape.layers))
+        self.norm = nn.LayerNorm(shape.width)
+        self.head = nn.Linear(shape.width, shape.symbols, bias=False)
+        for name, parameter in self.named_parameters():
+            if parameter.dim() == 2:
+                residual = name.endswith(("attention_out.weight", "fc2.weight"))
+                nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * shape.layers) if residual else 0.02)
+            elif name.endswith("bias"):
+                nn.init.zeros_(parameter)
+
+    def logits(self, tokens: Tensor) -> Tensor:
+        x = self.token(tokens) + self.position.weight[: tokens.shape[1]]
+        for block in self.blocks:
+            x = block(x)
+        return self.head(self.norm(x))
+
+    def forward(self, tokens: Tensor, targets: Tensor) -> Tensor:
+        return F.cross_entropy(self.logits(tokens).flatten(0, 1), targets.flatten())
+
+
+class Data:
+    """A text as symbols: the first 90 % train, the last 10 % are held out."""
+
+    def __init__(self, text: str, context: int) -> None:
+        self.alphabet = sorted(set(text))
+        index = {symbol: i for i, symbol in enumerate(self.alphabet)}
+        symbols = torch.tensor([index[symbol] for symbol in text])
+        split = int(0.9 * len(symbols))
+        self.context = context
+        self.train, held_out = symbols[:split], symbols[split:]
+        windows = (len(held_out) - 1) // context
+        self.validation = held_out[: windows * context].view(windows, context)
+        self.validation_targets = held_out[1 : windows * context + 1].view(windows, context)
+
+    def batch(self, size: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        starts = torch.randint(len(self.train) - self.context, (size, 1), generator=generator)
+        window = self.train[starts + torch.arange(self.context + 1)]
+        return window[:, :-1], window[:, 1:]
+
+
+def adamw(model: nn.Module, lr: float, steps: int) -> tuple[torch.optim.AdamW, LambdaLR]:
+    """AdamW, weight decay on matrices only; the rate warms up over 5 % of the steps, then falls as a cosine to 10 %."""
+    matrices = [p for p in model.parameters() if p.dim() >= 2]
+    vectors = [p for p in model.parameters() if p.dim() < 2]
+    groups = [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), fused=True)
+    warm_up = max(1, steps // 20)
+
+    def rate(step: int) -> float:
+        if step < warm_up:
+            return (step + 1) / warm_up
+        return 0.55 + 0.45 * math.cos(math.pi * (step - warm_up) / max(1, steps - warm_up))
+
+    return optimizer, LambdaLR(optimizer, rate)
+
+
+@torch.no_grad()
+def validation_loss(model: GPT, data: Data, device: str) -> tuple[float, float]:
+    """The held-out text's mean loss in nats per character, and its standard error over windows."""
+    losses = []
+    for tokens, targets in zip(data.validation.split(16), data.validation_targets.split(16), strict=True):
+        logits = model.logits(tokens.to(device)).float()
+        losses.append(F.cross_entropy(logits.mT, targets.to(device), reduction="none").mean(1))
+    loss = torch.cat(losses)
+    return loss.mean().item(), loss.std().item() / math.sqrt(len(loss))
+
+
+def training_flops(shape: Shape, batch: int) -> int:
+    """Matrix FLOPs of one dense training step, attention counted in full, as FlopCounterMode counts them."""
+    with torch.device("meta"), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        tokens = torch.zeros(batch, shape.context, dtype=torch.long)
+        GPT(shape)(tokens, tokens).backward()
+    return counter.get_total_flops()
+
+
+def narrower(shape: Shape, share: float) -> Shape:
+    """The narrowest GPT of the same depth and heads that uses at least `share` of the training FLOPs."""
+    step, wanted = math.lcm(8, shape.heads), share * training_flops(shape, 1)
+    for width in range(step, shape.width, step):
+        candidate = replace(shape, width=width)
+        if training_flops(candidate, 1) >= wanted:
+            return candidate
+    return shape
+
+
+@dataclass
+class Run:
+    """One training run; the lists hold a number for each optimizer step."""
+
+    name: str
+    shape: Shape
+    loss: list[float] = field(default_factory=list)
+    seconds: list[float] = field(default_factory=list)
+    flops: list[float] = field(default_factory=list)
+    density: list[float] = field(default_factory=list)
+    price: list[float] = field(default_factory=list)
+    reactivations: list[int] = field(default_factory=list)
+    validation: float = math.nan
+    validation_error: float = math.nan
+
+    @property
+    def compile_seconds(self) -> float:
+        """The graph compiles inside the first step: what that took beyond the median of the steps after it."""
+        return max(0.0, self.seconds[0] - statistics.median(self.seconds[1:20] or self.seconds))
+
+    @property
+    def train_seconds(self) -> float:
+        """All steps, less `compile_seconds`; validation is not in it."""
+        return sum(self.seconds) - self.compile_seconds
+
+
+def train(name: str, shape: Shape, data: Data, args: argparse.Namespace) -> Run:
+    """Trains a GPT from `args.seed`, which fixes the initial weights and the order of the data."""
+    gc.collect()
+    torch._dynamo.reset()
+    torch.manual_seed(args.seed)
+    order = torch.Generator().manual_seed(args.seed)
+    model = GPT(shape).to(args.device)
+    optimizer, schedule = adamw(model, args.lr, args.steps)
+    if name == "ctrlprune":
+        options = {"budget": args.budget, "total_steps": args.steps}
+        compiled = torch.compile(model, backend="ctrlprune", options=options)
+    else:
+        compiled = torch.compile(model, backend="inductor")
+
+    run, dense_flops = Run(name, shape), training_flops(shape, args.batch)
+    with progress_bar() as bar:
+        task = bar.add_task(name, total=args.steps, state="compiling")
+        for step in range(args.steps):
+            tokens, targets = (t.to(args.device) for t in data.batch(args.batch, order))
+            start = time.perf_counter()
+            with torch.autocast(args.device, torch.bfloat16, enabled=args.device == "cuda"):
+                loss = compiled(tokens, targets)
+            loss.backward()
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+            schedule.step()
+            run.loss.append(loss.item())
+            run.seconds.append(time.perf_counter() - start)
+
+            controller = cc.controller_of(optimizer)
+            state = f"loss {run.loss[-1]:.3f}"
+            if controller is not None:
+                state += f" density {controller.density:.2f} price {controller.price:.2g}"
+                state += f" budget {controller.budget_used:.0%}"
+            run.flops.append(controller.flops_used if controller else dense_flops * (step + 1.0))
+            run.density.append(controller.density if controller else 1.0)
+            run.price.append(controller.price if controller else 0.0)
+            run.reactivations.append(controller.reactivations if controller else 0)
+            bar.update(task, advance=1, state=state)
+    run.validation, run.validation_error = validation_loss(model, data, args.device)
+    return run
+
+
+def progress_bar() -> Progress:
+    parts = (
+        TextColumn("{task.description}"),
+        BarColumn(None),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[state]}"),
+    )
+    return Progress(*parts, TimeRemainingColumn(compact=True), TextColumn("left"), expand=True, refresh_per_second=2)
+
+
+def table(runs: list[Run], dense_flops: float) -> Table:
+    """A row per run: what it reached and what it used."""
+    error = max(run.validation_error for run in runs)
+    caption = f"validation loss in nats per character, standard error {error:.3f}; seconds of training, compiling apart"
+    result = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), caption=caption)
+    for heading in ("run", "width", "val. loss", "FLOPs", "of dense", "seconds", "compile", "density"):
+        result.add_column(heading, justify="left" if heading == "run" else "right")
+    for run in runs:
+        used = f"{run.flops[-1]:.3g}", f"{run.flops[-1] / dense_flops:.3f}"
+        clock = f"{run.train_seconds:.1f}", f"{run.compile_seconds:.1f}"
+        result.add_row(run.name, str(run.shape.width), f"{run.validation:.4f}", *used, *clock, f"{run.density[-1]:.2f}")
+    return result
+
+
+def write_log(path: Path, runs: list[Run], args: argparse.Namespace) -> None:
+    machine = {"python": platform.python_version(), "torch": torch.__version__, "threads": torch.get_num_threads()}
+    rows = [asdict(r) | {"train_seconds": r.train_seconds, "compile_seconds": r.compile_seconds} for r in runs]
+    path.write_text(json.dumps({"settings": vars(args), "machine": machine, "runs": rows}, default=str))
+
+
+def draw(path: Path, runs: list[Run]) -> None:
+    """Loss against FLOPs and against seconds, then what the controller did. Raises ImportError without matplotlib."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(15, 8), layout="constrained")
+    by_flops, by_seconds, by_step, density, price, reactivations = figure.subplots(2, 3).flat
+    for run in runs:
+        losses = smooth(run.loss)
+        steady = [run.seconds[0] - run.compile_seconds, *run.seconds[1:]]
+        clock = list(accumulate(steady))
+        for axes, x in ((by_flops, run.flops), (by_seconds, clock), (by_step, range(1, len(losses) + 1))):
+            (line,) = axes.plot(x, losses, label=f"{run.name}, {run.shape.width} wide")
+            axes.plot(x[-1], run.validation, "o", color=line.get_color())
+        for axes, y in ((density, run.density), (price, run.price), (reactivations, run.reactivations)):
+            axes.plot(y, label=run.name)
+    for axes, label in ((by_flops, "training FLOPs"), (by_seconds, "seconds, compiling apart"), (by_step, "step")):
+        axes.set(xlabel=label, ylabel="loss, nats per character (line: training, dot: validation)")
+    for axes, label in ((density, "density"), (price, "price"), (reactivations, "blocks reactivated")):
+        axes.set(xlabel="step", ylabel=label)
+    by_flops.legend()
+    figure.savefig(path, dpi=110)
+
+
+def smooth(values: list[float], memory: float = 0.95) -> list[float]:
+    """Exponential moving average, without bias toward the first value."""
+
+    def decayed(series: list[float]) -> Iterable[float]:
+        return accumulate(series, lambda total, value: memory * total + value)
+
+    return [total / weight for total, weight in zip(decayed(values), decayed([1.0] * len(values)), strict=True)]
+
+
+def default_text() -> str:
+    """English prose that comes with Python: the reference behind `help()`, else the sources of the standard library."""
+    try:
+        from pydoc_data.topics import topics
+    except ImportError:
+        sources = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))
+        return "".join(source.read_text(encoding="utf-8") for source in sources)[:1_000_000]
+    return "\n".join(topics[name] for name in sorted(topics))
+
+
+def arguments() -> tuple[argparse.Namespace, str]:
+    """The settings, checked, and the text to train on."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, help="a text file, UTF-8; default: text that comes with Python")
+    sizes = {"layers": 6, "width": 384, "heads": 6, "context": 256, "batch": 8, "steps": 1000}
+    for name, default in sizes.items():
+        parser.add_argument(f"--{name}", type=int, default=default, help="default %(default)s")
+    parser.add_argument("--lr", type=float, default=1e-3, help="peak learning rate of AdamW, default %(default)s")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--budget", type=float, default=0.4, help="share of the dense FLOPs, default %(default)s")
+    parser.add_argument("--run", choices=RUNS, default="ctrlprune", help="what to train, default %(default)s")
+    parser.add_argument("--compare", action="store_true", help="train all of them, and end in a table")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="cuda trains under bf16 autocast")
+    parser.add_argument("--out", type=Path, default=Path("out"), help="folder of the log and the picture")
+    args = parser.parse_args()
+    for name in sizes:
+        if getattr(args, name) < 1:
+            parser.error(f"--{name} is {getattr(args, name)}; it has to be at least 1")
+    if args.width % args.heads:
+        parser.error(f"--width {args.width} does not divide into --heads {args.heads}")
+    if not 0 < args.budget <= 1:
+        parser.error(f"--budget is {args.budget}; it is a share of the dense FLOPs, above 0 and at most 1")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: this PyTorch sees no GPU")
+    try:
+        text = args.data.read_text(encoding="utf-8") if args.data else default_text()
+        args.out.mkdir(parents=True, exist_ok=True)
+    except (OSError, UnicodeDecodeError) as problem:
+        parser.error(str(problem))
+    if len(text) < 20 * args.context:
+        parser.error(f"the text has {len(text)} characters; --context {args.context} needs {20 * args.context}")
+    return args, text
+
+
+def main() -> None:
+    args, text = arguments()
+    data = Data(text, args.context)
+    wide = Shape(args.layers, args.width, args.heads, args.context, len(data.alphabet))
+    shapes = {"ctrlprune": wide, "dense": wide, "narrow": narrower(wide, args.budget)}
+    runs = [train(name, shapes[name], data, args) for name in (RUNS if args.compare else [args.run])]
+    Console().print(table(runs, training_flops(wide, args.batch) * args.steps))
+
+    log, picture = args.out / "train_gpt.json", args.out / "train_gpt.png"
+    write_log(log, runs, args)
+    try:
+        draw(picture, runs)
+    except ImportError:
+        print(f"log: {log}; no picture, which needs matplotlib: pip install 'ctrlcompile[examples]'")
+    else:
+        print(f"log: {log}; picture: {picture}")
+
+
+if __name__ == "__main__":
+    main()
