@@ -70,22 +70,22 @@ class BoundCost:
     products: tuple[tuple[float, float], ...]
 
 
-def product_cost(node: fx.Node) -> ProductCost:
-    """FLOPs of a linear node of Dynamo's graph, from the shapes in its meta."""
-    x, weight = (_argument(node, i).meta["example_value"] for i in range(2))
-    flops = expression(2 * x.numel() * weight.shape[0])
-    return ProductCost(flops, flops if x.requires_grad else 0, flops if weight.requires_grad else 0)
-
-
 def region_flops(gm: fx.GraphModule) -> Expression:
-    """FLOPs of a Dynamo graph, dense: forward and, where anything asks for a gradient, backward."""
+    """FLOPs of a Dynamo graph, dense: forward and, where anything asks for a gradient, backward.
+
+    What activation checkpointing computes a second time is left out, here and in the gated part alike.
+    """
     examples = [node.meta["example_value"] for node in gm.graph.nodes if node.op == "placeholder"]
     mode = next((e.fake_mode for e in examples if isinstance(e, FakeTensor)), None)
     if mode is None:
         return 0
     with _scratch(mode), FlopCounterMode(display=False) as counter:
         inputs = [_fresh(example) for example in examples]
-        outputs = [o for o in torch.utils._pytree.tree_leaves(gm.forward(*inputs)) if isinstance(o, torch.Tensor)]
+        outputs = [
+            o
+            for o in torch.utils._pytree.tree_leaves(_WithoutCheckpoints(gm).run(*inputs))
+            if isinstance(o, torch.Tensor)
+        ]
         roots = [o for o in outputs if o.requires_grad]
         if roots:
             torch.autograd.backward(roots, [torch.ones_like(root) for root in roots])
@@ -107,17 +107,17 @@ def expression(value: Any) -> Expression:
     return value.node.expr if isinstance(value, torch.SymInt) else int(value)
 
 
-def _argument(node: fx.Node, position: int) -> fx.Node:
-    names = ("input", "weight", "bias")
-    value = node.args[position] if len(node.args) > position else node.kwargs[names[position]]
-    assert isinstance(value, fx.Node)
-    return value
-
-
 def _fresh(example: Any) -> Any:
     if not isinstance(example, torch.Tensor):
         return example
     return example.detach().requires_grad_(example.requires_grad)
+
+
+class _WithoutCheckpoints(fx.Interpreter):
+    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
+        if target is torch.ops.higher_order.tag_activation_checkpoint:
+            return type(self)(args[0]).run(*args[1:])
+        return super().call_function(target, args, kwargs)
 
 
 @contextlib.contextmanager

@@ -7,7 +7,6 @@ was compiled for (other blocks, other layers), another lowering is built and kep
 
 import contextlib
 import logging
-import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,37 +15,17 @@ import torch
 from torch import Tensor, fx
 from torch._guards import TracingContext
 
-from ctrlcompile import cost, follow, ops
-from ctrlcompile.gate import Block, Gate, name_excluded, registry, too_small
+from ctrlcompile import cost, follow
+from ctrlcompile.gate import Block, Gate, registry
+from ctrlcompile.linears import find_linears
 from ctrlcompile.options import Options
 from ctrlcompile.passes import passes_for, run
-from ctrlcompile.passes.graph_edit import argument, copy_graph, is_linear
+from ctrlcompile.passes.graph_edit import copy_graph
 
 logger = logging.getLogger(__name__)
 
 Lower = Callable[[fx.GraphModule, Sequence[Any], bool], Callable[..., Any]]
 Division = tuple[Block | None, ...]  # the block of each weight of a region, None where it has no gate
-
-
-@dataclass(frozen=True)
-class Weight:
-    """A Parameter that linears of this region read: its argument position, and why it gets no gate by itself."""
-
-    position: int
-    name: str
-    reason: str | None
-
-
-@dataclass(frozen=True)
-class LinearNode:
-    """A linear of the graph; `weight` indexes the region's weights, None where the weight is no argument."""
-
-    node: str
-    weight: int | None
-    name: str
-    source: str
-    x_dtype: torch.dtype
-    reason: str | None
 
 
 @dataclass(frozen=True)
@@ -73,10 +52,9 @@ class Region:
     def __init__(self, gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options, lower: Lower) -> None:
         self.options = options
         self._gm, self._lower = gm, lower
-        self.weights, self.linears = _find_linears(gm, example_inputs, options)
-        products = [_product(gm, linear) for linear in self.linears]
+        self.weights, self.linears = find_linears(gm, example_inputs, options)
         symbols, self._size_positions = cost.symbols_of(gm)
-        self._cost = cost.RegionCost(cost.region_flops(gm), tuple(products), symbols)
+        self._cost = cost.RegionCost(cost.region_flops(gm), tuple(linear.product for linear in self.linears), symbols)
         gates = self._gates(example_inputs)
         self._variants: dict[Any, Variant] = {_division(gates): self._build(gates, example_inputs)}
 
@@ -166,79 +144,3 @@ def _example(gate: Gate, late: bool) -> list[Tensor]:
 
 def _division(gates: Sequence[Gate | None]) -> Division:
     return tuple([None if gate is None else gate.block for gate in gates])
-
-
-def _find_linears(
-    gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options
-) -> tuple[list[Weight], list[LinearNode]]:
-    position = {node: i for i, node in enumerate(n for n in gm.graph.nodes if n.op == "placeholder")}
-    weights: list[Weight] = []
-    index_of: dict[fx.Node, int] = {}
-    linears: list[LinearNode] = []
-    for node in gm.graph.nodes:
-        if not is_linear(node):
-            continue
-        weight = argument(node, 1, "weight")
-        dtype = node.meta["example_value"].dtype
-        index, reason, name = None, None, _fallback_name(node)
-        if weight in position and isinstance(example_inputs[position[weight]], torch.nn.Parameter):
-            if weight not in index_of:
-                parameter = example_inputs[position[weight]]
-                name = _parameter_name(weight)
-                reason = _why_dense(weight, parameter, name, dtype, options)
-                index_of[weight] = len(weights)
-                weights.append(Weight(position[weight], name, reason))
-            index = index_of[weight]
-            name, reason = weights[index].name, weights[index].reason
-        else:
-            reason = "its weight is computed in the graph (a parametrization, say), not a Parameter"
-        linears.append(LinearNode(node.name, index, name, _source_line(node), dtype, reason))
-    for prefix, body in gm.named_modules():
-        if prefix and isinstance(body, fx.GraphModule):
-            for node in filter(is_linear, body.graph.nodes):
-                reason = "inside a higher-order operator, such as activation checkpointing"
-                name = _fallback_name(node)
-                linears.append(
-                    LinearNode(f"{prefix}.{node.name}", None, name, _source_line(node), torch.float32, reason)
-                )
-    return weights, linears
-
-
-def _why_dense(node: fx.Node, parameter: Tensor, name: str, x_dtype: torch.dtype, options: Options) -> str | None:
-    """Why a weight gets no gate of the backend's own accord; None: it gets one."""
-    if not all(is_linear(user) and argument(user, 1, "weight") is node for user in node.users):
-        registry.refuse(parameter, "shared with another kind of layer, such as an embedding")
-    if (refusal := registry.refusal(parameter)) is not None:
-        return refusal
-    if (pattern := name_excluded(name, options.exclude)) is not None:
-        return f"excluded by {pattern!r}"
-    gate = registry.get(parameter)
-    block = options.block if gate is None else gate.block
-    if gate is None and not parameter.requires_grad:
-        return "frozen: it has no gradient to judge blocks by"
-    if gate is None and (reason := too_small(tuple(parameter.shape), block)) is not None:
-        return reason
-    return ops.why_no_kernel(parameter.device, x_dtype, parameter.dtype, block, strict=options.strict)
-
-
-def _product(gm: fx.GraphModule, linear: LinearNode) -> cost.ProductCost:
-    node = next((node for node in gm.graph.nodes if node.name == linear.node), None)
-    return cost.ProductCost(0, 0, 0) if node is None else cost.product_cost(node)
-
-
-def _parameter_name(node: fx.Node) -> str:
-    source = node._dynamo_source  # type: ignore[attr-defined]
-    text = source.name() if callable(source.name) else source.name
-    parts = re.findall(r"_(?:modules|parameters)\['([^']+)'\]", text)
-    return ".".join(parts) if parts else text
-
-
-def _fallback_name(node: fx.Node) -> str:
-    stack = node.meta.get("nn_module_stack") or {}
-    paths = [path for path, _ in stack.values()]
-    return re.sub(r"^L\['\w+'\]\.?", "", paths[-1]) + ".weight" if paths else node.name
-
-
-def _source_line(node: fx.Node) -> str:
-    found = re.findall(r'File "([^"]+)", line (\d+)', node.stack_trace or "")
-    return f"{found[-1][0]}:{found[-1][1]}" if found else ""

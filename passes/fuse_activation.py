@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import fx
 
 from ctrlcompile import ops
-from ctrlcompile.passes.graph_edit import argument, clean
+from ctrlcompile.passes.graph_edit import argument, clean, scopes
 
 RELU = (F.relu, torch.relu, torch.ops.aten.relu.default)
 GELU = (F.gelu, torch._C._nn.gelu)
@@ -16,7 +16,7 @@ GELU = (F.gelu, torch._C._nn.gelu)
 
 def fuse_activation(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> fx.GraphModule:
     """`activation(linear(x))` becomes one `ctrlprune::linear` with that activation."""
-    for node in list(gm.graph.nodes):
+    for graph, node in [(scope.gm.graph, node) for scope in scopes(gm) for node in scope.gm.graph.nodes]:
         activation = _activation(node)
         if activation is None:
             continue
@@ -27,7 +27,7 @@ def fuse_activation(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> fx.Gra
             call.update_arg(len(call.args) - 1, activation)
             item.meta["example_value"] = node.meta["example_value"]
             node.replace_all_uses_with(item)
-            gm.graph.erase_node(node)
+            graph.erase_node(node)
     return clean(gm)
 
 

@@ -12,7 +12,7 @@ from typing import Any
 from torch import fx
 
 from ctrlcompile import ops
-from ctrlcompile.passes.graph_edit import argument, clean, copy_meta, first_output, is_linear
+from ctrlcompile.passes.graph_edit import argument, clean, copy_meta, first_output, is_linear, scopes
 
 GATE_INPUTS = ("signals", "crow_indices", "col_indices", "ccol_indices", "row_indices", "probes")
 
@@ -21,25 +21,34 @@ def gate_linear(
     gm: fx.GraphModule, example_inputs: Sequence[Any], *, blocks: Mapping[str, tuple[int, int]]
 ) -> fx.GraphModule:
     """Gates the linear nodes named in `blocks` with blocks of `(block_out, block_in)` entries."""
-    placeholders = [node for node in gm.graph.nodes if node.op == "placeholder"]
-    position = {node: i for i, node in enumerate(placeholders)}
+    position = {node: i for i, node in enumerate(gm.graph.find_nodes(op="placeholder"))}
     inputs: dict[fx.Node, list[fx.Node]] = {}
-    for node in list(gm.graph.nodes):
-        if node.name not in blocks or not is_linear(node):
-            continue
-        x, weight, bias = (argument(node, i, name) for i, name in enumerate(("input", "weight", "bias")))
-        if weight not in inputs:
-            last = placeholders[-1]
-            for name in GATE_INPUTS:
-                with gm.graph.inserting_after(last):
-                    last = gm.graph.placeholder(f"{weight.name}_{name}")
-                last._dynamo_source = None  # type: ignore[attr-defined]
-                placeholders.append(last)
-            inputs[weight] = placeholders[-len(GATE_INPUTS) :]
-        with gm.graph.inserting_before(node):
-            arguments = (x, weight, bias, *inputs[weight], *blocks[node.name], "none")
-            gated = copy_meta(node, gm.graph.call_function(ops.linear.default, arguments))
-            node.replace_all_uses_with(first_output(gm.graph, gated, node))
-        gm.graph.erase_node(node)
+    for scope in scopes(gm):
+        graph = scope.gm.graph
+        here: dict[fx.Node, list[fx.Node]] = {}  # the same inputs, as this graph knows them
+        for node in list(graph.nodes):
+            if f"{scope.prefix}{node.name}" not in blocks or not is_linear(node):
+                continue
+            x, weight, bias = (argument(node, i, name) for i, name in enumerate(("input", "weight", "bias")))
+            outer = scope.outer(weight)
+            assert outer is not None  # only weights that are inputs of the whole graph are gated
+            if outer not in inputs:
+                inputs[outer] = _add_inputs(gm.graph, outer)
+            if outer not in here:
+                here[outer] = [scope.bring_in(placeholder) for placeholder in inputs[outer]]
+            with graph.inserting_before(node):
+                arguments = (x, weight, bias, *here[outer], *blocks[f"{scope.prefix}{node.name}"], "none")
+                gated = copy_meta(node, graph.call_function(ops.linear.default, arguments))
+                node.replace_all_uses_with(first_output(graph, gated, node))
+            graph.erase_node(node)
     gm.meta["gated_weights"] = [position[weight] for weight in inputs]
     return clean(gm)
+
+
+def _add_inputs(graph: fx.Graph, weight: fx.Node) -> list[fx.Node]:
+    added = []
+    for name in GATE_INPUTS:
+        with graph.inserting_after(graph.find_nodes(op="placeholder")[-1]):
+            added.append(graph.placeholder(f"{weight.name}_{name}"))
+        added[-1]._dynamo_source = None  # type: ignore[attr-defined]
+    return added

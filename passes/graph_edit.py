@@ -1,12 +1,65 @@
 """What every pass needs to leave a clean graph."""
 
 import operator
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import fx
 
 COPIED_META = ("nn_module_stack", "source_fn_stack", "stack_trace")
+
+
+@dataclass(frozen=True)
+class Scope:
+    """A graph that layers stand in: the whole one (`call` is None), or the body of an activation checkpoint.
+
+    A body has inputs of its own; `call` is the node of the whole graph that passes them, and `prefix` goes before the
+    names of the body's nodes to tell them from those of the whole graph.
+    """
+
+    gm: fx.GraphModule
+    prefix: str = ""
+    call: fx.Node | None = None
+
+    def outer(self, node: fx.Node) -> fx.Node | None:
+        """The node of the whole graph whose value `node` has; None for what is computed in a body."""
+        if self.call is None:
+            return node
+        inputs = self.gm.graph.find_nodes(op="placeholder")
+        return self.call.args[1 + inputs.index(node)] if node in inputs else None  # type: ignore[return-value]
+
+    def bring_in(self, outer: fx.Node) -> fx.Node:
+        """A node of this graph with the value of a node of the whole graph: in a body, one more input."""
+        if self.call is None:
+            return outer
+        with self.gm.graph.inserting_after(self.gm.graph.find_nodes(op="placeholder")[-1]):
+            node = self.gm.graph.placeholder(outer.name)
+        self.call.args = (*self.call.args, outer)
+        return node
+
+
+def scopes(gm: fx.GraphModule) -> list[Scope]:
+    """The whole graph, then the bodies of its activation checkpoints."""
+    found = [Scope(gm)]
+    for call in gm.graph.find_nodes(op="call_function", target=torch.ops.higher_order.tag_activation_checkpoint):
+        body = call.args[0]
+        if len(body.users) == 1:
+            found.append(Scope(getattr(gm, body.target), f"{body.target}.", call))
+    return found
+
+
+def uses(placeholder: fx.Node, everywhere: list[Scope]) -> Iterator[tuple[fx.Node, fx.Node]]:
+    """The nodes, in bodies too, that read an input of the whole graph, each with the node by which it knows the input."""
+    for scope in everywhere:
+        if scope.call is None:
+            calls = [other.call for other in everywhere if other.call is not None]
+            yield from ((user, placeholder) for user in placeholder.users if user not in calls)
+        else:
+            for node in scope.gm.graph.find_nodes(op="placeholder"):
+                if scope.outer(node) is placeholder:
+                    yield from ((user, node) for user in node.users)
 
 
 def copy_graph(gm: fx.GraphModule) -> fx.GraphModule:
@@ -20,6 +73,12 @@ def copy_graph(gm: fx.GraphModule) -> fx.GraphModule:
     for old, new in values.items():
         if old.op == "placeholder":
             new._dynamo_source = old._dynamo_source  # type: ignore[attr-defined]
+    for scope in scopes(copied)[1:]:
+        body = fx.Graph()
+        body.output(body.graph_copy(scope.gm.graph, {}))
+        inner = fx.GraphModule(scope.gm, body)
+        inner.meta = dict(scope.gm.meta)
+        setattr(copied, scope.prefix.removesuffix("."), inner)
     return copied
 
 
@@ -42,10 +101,11 @@ def first_output(graph: fx.Graph, call: fx.Node, old: fx.Node) -> fx.Node:
 
 
 def clean(gm: fx.GraphModule) -> fx.GraphModule:
-    """Removes dead code, checks the graph, regenerates the module's code."""
-    gm.graph.eliminate_dead_code()
-    gm.graph.lint()
-    gm.recompile()
+    """Removes dead code, checks the graphs, regenerates the modules' code."""
+    for scope in reversed(scopes(gm)):
+        scope.gm.graph.eliminate_dead_code()
+        scope.gm.graph.lint()
+        scope.gm.recompile()
     return gm
 
 

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from ctrlcompile import ops
 from ctrlcompile.gate import Block, Gate, plain
-from ctrlcompile.region import LinearNode, Visit, watch
+from ctrlcompile.linears import LinearNode
+from ctrlcompile.region import Visit, watch
 
 
 @dataclass(frozen=True)
