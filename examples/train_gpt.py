@@ -15,6 +15,7 @@ import platform
 import statistics
 import sysconfig
 import time
+from bisect import bisect_left
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, replace
 from itertools import accumulate
@@ -151,12 +152,9 @@ def training_flops(shape: Shape, batch: int) -> int:
 
 def narrower(shape: Shape, share: float) -> Shape:
     """The narrowest GPT of the same depth and heads that uses at least `share` of the training FLOPs."""
-    step, wanted = math.lcm(8, shape.heads), share * training_flops(shape, 1)
-    for width in range(step, shape.width, step):
-        candidate = replace(shape, width=width)
-        if training_flops(candidate, 1) >= wanted:
-            return candidate
-    return shape
+    wanted, step = share * training_flops(shape, 1), math.lcm(8, shape.heads)
+    candidates = [replace(shape, width=width) for width in range(step, shape.width, step)] + [shape]
+    return candidates[bisect_left(candidates, wanted, key=lambda candidate: training_flops(candidate, 1))]
 
 
 @dataclass
