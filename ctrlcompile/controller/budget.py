@@ -100,7 +100,8 @@ class Ledger:
         left = whole - (self.used - self.forgiven_used)
         return (left / steps_left - self.average_fixed) / self.gated
 
-    def least(self, steps_left: int, density: float) -> float:
-        """The least budget that the run can still meet, with the gates at `density` from now on."""
+    def least(self, steps_left: int, lowest: list[float]) -> float:
+        """The least budget that the run can still meet, with each gate at its `lowest` density from now on."""
         whole = self.dense + steps_left * self.average_dense
-        return (self.used + steps_left * (self.average_fixed + density * self.gated)) / whole
+        gated = sum(density * flops for density, flops in zip(lowest, self.average_gated, strict=True))
+        return (self.used + steps_left * (self.average_fixed + gated)) / whole

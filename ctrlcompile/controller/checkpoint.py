@@ -59,8 +59,9 @@ def load(controller: Controller, state: Mapping[str, Any]) -> None:
     c._probing = [
         Probes(ids.to(masks.device, copy=True), list(counts)) for ids, counts in (state["probes"], *state["probing"])
     ]
-    c._inbox.clear()
+    c._inbox.collect()
     c._probe(every=True)
+    c._left_at = c._densities()
 
 
 def _identity(c: Controller) -> dict[str, Any]:

@@ -108,6 +108,7 @@ class Controller:
         self._rotation = Rotation.of(self._layout)
         self._probes = Probes.none(self._layout)  # of the coming step
         self._probing: list[Probes] = []  # of those after it
+        self._left_at = self._densities()
 
     # ---------------------------------------------------------------- what users read
 
@@ -172,6 +173,8 @@ class Controller:
         """Takes in the optimizer step that has just run, and decides when a decision is due."""
         self.steps += 1
         left = None if self.total_steps is None else self.total_steps - self.steps
+        if self._densities() != self._left_at:  # the user has switched blocks, and no probe was made
+            self._probes, self._probing, self._next = Probes.none(self._layout), [], self.steps
         self._measure()
         if left == 0:
             self._probing = []
@@ -181,6 +184,7 @@ class Controller:
         elif self.steps >= self._next and self._ledger.gated and (left is None or left > 0):
             self._decide(left)
         self._probe()
+        self._left_at = self._densities()
 
     def _measure(self) -> None:
         cost = self.meter()
@@ -196,7 +200,6 @@ class Controller:
         dense, fixed, used, *gated = numbers
         ran = torch.tensor(gated, device=arrived.device) > 0
         self._signals.observe(arrived, self._probes.ids, ran, self._layout)
-        self._inbox.clear()
         if dense <= 0:
             if self.steps == 1:
                 log.warning("no cost was measured in the first step: is the model compiled with backend='ctrlprune'?")
@@ -209,10 +212,9 @@ class Controller:
 
     def _check_budget(self) -> None:
         ledger = self._ledger
-        sizes = self._layout.lengths.tolist()
-        lowest = sum(g * n / size for g, n, size in zip(ledger.average_gated, self._least.tolist(), sizes, strict=True))
+        lowest = (self._least / self._layout.lengths).tolist()
         left = 10**9 if self.total_steps is None else self.total_steps - self.steps
-        least = ledger.least(left, lowest / ledger.gated if ledger.gated else 0.0)
+        least = ledger.least(left, lowest)
         if least > self.budget.flops:
             raise BudgetError(
                 f"budget: got {self.budget.flops:g}; {ledger.average_fixed / ledger.average_dense:.3f} of this model's "
@@ -223,8 +225,10 @@ class Controller:
     def _decide(self, left: int | None) -> None:
         ledger, ramp = self._ledger, self._ramp
         self._signals.fold(self._blocks.active, self._layout)
-        self._blocks.active = self._masks()  # the user may have switched blocks
-        cost = self._cost()
+        masks, cost = self._masks(), self._cost()
+        if not torch.equal(masks, self._blocks.active):
+            self._signals.forget_(masks ^ self._blocks.active)
+            self._blocks.switch_(masks, self.steps)
         self._density = float(cost[self._blocks.active].sum())
         if left is None and ramp.progress < 1:
             ledger.forgive()
@@ -321,6 +325,9 @@ class Controller:
                 gate.probe_(ids)
 
     # ---------------------------------------------------------------- flat views of the gates
+
+    def _densities(self) -> list[float]:
+        return [gate.density for gate in self._list]
 
     def _masks(self) -> Tensor:
         return torch.cat([gate.mask.flatten() for gate in self._list])

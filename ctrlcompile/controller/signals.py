@@ -7,7 +7,7 @@ typical of its gate is ‖g_B‖ · Σ|Σ w·g| / Σ‖g‖, the sums over the g
 the sum of the same step**: a norm seen a hundred steps ago is then still comparable, since what all blocks share (the
 batch, the learning phase, a loss scale) has cancelled.
 
-All blocks of all gates are one flat vector of N entries; each gate's `signals.grad` is a view into one [2, N] buffer.
+All blocks of all gates are one flat vector of N entries; each gate's `signals.grad` is a view into one buffer.
 Steps are added up as they come, which is a few passes over N numbers, and folded into averages when a decision is due.
 Nothing here waits for the device.
 """
@@ -63,26 +63,25 @@ class Inbox:
 
     def __init__(self, gates: Sequence[Gate], layout: Layout) -> None:
         self.gates = gates
-        self.buffer = torch.zeros(2, layout.offsets[-1], device=layout.gate_of.device)
-        self.views = [
-            self.buffer[:, start : start + gate.grid[0] * gate.grid[1]].view(2, *gate.grid)
-            for gate, start in zip(gates, layout.offsets, strict=False)
+        self.buffer = torch.zeros(2 * layout.offsets[-1], device=layout.gate_of.device)
+        self.views = [  # contiguous, as autograd wants a gradient of a contiguous tensor to be
+            self.buffer[2 * start : 2 * stop].view(2, *gate.grid)
+            for gate, start, stop in zip(gates, layout.offsets, layout.offsets[1:], strict=False)
         ]
         for gate, view in zip(gates, self.views, strict=True):
             gate.signals.requires_grad_(True)
             gate.signals.grad = view
 
     def collect(self) -> Tensor:
-        """What has arrived since the last `clear`, [2, N]. The caller reads it and then calls `clear`."""
+        """What has arrived since it was last collected, [2, N]; the buffer is empty afterwards."""
         for gate, view in zip(self.gates, self.views, strict=True):
             if gate.signals.grad is not view:  # replaced (create_graph=True) or dropped (set_to_none) by someone else
                 if gate.signals.grad is not None:
                     view.copy_(gate.signals.grad.detach())
                 gate.signals.grad = view
-        return self.buffer
-
-    def clear(self) -> None:
+        arrived = torch.cat([view.flatten(1) for view in self.views], 1)
         self.buffer.zero_()
+        return arrived
 
     def close(self) -> None:
         """Gates stop reporting."""

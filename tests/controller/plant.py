@@ -34,6 +34,7 @@ class FakeGate:
         self.signals = torch.zeros(2, *self.grid, requires_grad=True)
         self.switches = torch.zeros(self.grid, dtype=torch.int64)
         self.weight = weight
+        self.active_area, self.probed_area = 1.0, 0.0  # shares of the weight
 
     @property
     def mask(self) -> Tensor:
@@ -43,15 +44,13 @@ class FakeGate:
     def density(self) -> float:
         return float(self._mask.float().mean())
 
-    @property
-    def active_area(self) -> float:
-        return float((self.block_area * self._mask).sum() / self.block_area.sum())
-
     def update_(self, mask: Tensor) -> None:
         assert mask.shape == self._mask.shape
         assert mask.dtype == torch.bool
         self.switches += mask ^ self._mask
         self._mask.copy_(mask)
+        self.probe_(self.probes[:0])
+        self.active_area = float((self.block_area * self._mask).sum() / self.block_area.sum())
         if self.weight is not None:
             with torch.no_grad():
                 self.weight *= self.entries()
@@ -61,6 +60,7 @@ class FakeGate:
         assert not self._mask.flatten()[block_ids.long()].any(), "an active block was to be probed"
         self.probes.fill_(-1)
         self.probes[: block_ids.numel()] = block_ids.to(torch.int32)
+        self.probed_area = float(self.block_area.flatten()[block_ids.long()].sum() / self.block_area.sum())
 
     def probed(self) -> Tensor:
         """bool [R, C]."""
@@ -95,9 +95,7 @@ class Meter:
     def __call__(self) -> StepCost:
         gated = {gate: 6.0 * self.rows * gate.shape[0] * gate.shape[1] for gate in self.gates}
         fixed = self.rows * self.fixed
-        used = fixed + sum(flops * gate.active_area for gate, flops in gated.items())
-        for gate, flops in gated.items():
-            used += WGRAD * flops * float((gate.block_area * gate.probed()).sum() / gate.block_area.sum())
+        used = fixed + sum(f * (gate.active_area + WGRAD * gate.probed_area) for gate, f in gated.items())
         return StepCost(dense=fixed + sum(gated.values()), fixed=fixed, gated=gated, used=used)
 
 

@@ -29,10 +29,10 @@ def fresh_seed():
     return random.randrange(2**31)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(
     budget=st.floats(0.12, 0.95),
-    steps=st.integers(60, 400),
+    steps=st.integers(40, 250),
     fixed=st.floats(0.0, 0.06),
     noise=st.floats(0.0, 1.5),
     spread=st.floats(0.0, 2.0),
@@ -49,8 +49,8 @@ def test_a_run_of_any_length_lands_within_one_per_cent_of_its_budget(budget, ste
 def test_a_long_run_lands_within_a_fifth_of_a_per_cent():
     for budget in (0.1, 0.25, 0.4, 0.9):
         plant = Plant(SHAPES, fixed_share=0.05, seed=fresh_seed())
-        controller = Controller(plant.gates, plant.meter, budget, 700)
-        run(plant, controller, 700)
+        controller = Controller(plant.gates, plant.meter, budget, 500)
+        run(plant, controller, 500)
         assert share(controller) == pytest.approx(budget, rel=0.002)
 
 
@@ -86,11 +86,11 @@ def test_budget_one_never_switches_a_block_off():
 
 def test_the_start_is_dense_and_the_end_is_not_starved():
     plant = Plant(SHAPES, fixed_share=0.06, seed=fresh_seed())
-    controller = Controller(plant.gates, plant.meter, 0.4, 1000)
-    run(plant, controller, 1000)
+    controller = Controller(plant.gates, plant.meter, 0.4, 500)
+    run(plant, controller, 500)
     density = {record["step"]: record["density"] for record in controller.history}
-    assert all(value == pytest.approx(1) for step, value in density.items() if step < 30)
-    assert all(value < 0.45 for step, value in density.items() if step > 360)
+    assert all(value == pytest.approx(1) for step, value in density.items() if step < 15)
+    assert all(value < 0.45 for step, value in density.items() if step > 190)
     assert min(density.values()) > 0.7 * (0.4 - 0.06) / 0.94
 
 
@@ -144,8 +144,8 @@ def test_a_burst_of_non_finite_signals_changes_no_decision(bad):
 
 def test_blocks_do_not_chatter_under_heavy_noise():
     plant = Plant(SHAPES, noise=2.0, seed=fresh_seed())
-    controller = Controller(plant.gates, plant.meter, 0.4, 1000)
-    run(plant, controller, 1000)
+    controller = Controller(plant.gates, plant.meter, 0.4, 600)
+    run(plant, controller, 600)
     switches = torch.cat([gate.switches.flatten() for gate in plant.gates.values()])
     assert switches.max() <= 9
     assert switches.float().mean() < 1.5
@@ -220,6 +220,16 @@ def test_blocks_switched_by_the_user_are_taken_as_they_are():
     run(plant, controller, 5)
     assert torch.equal(plant.gates["layer0"].mask, mask)
     run(plant, controller, 295)
+    assert share(controller) == pytest.approx(0.4, rel=0.01)
+
+
+def test_blocks_switched_by_the_user_in_the_middle_of_a_run_do_no_harm():
+    plant = Plant(SHAPES, seed=fresh_seed())
+    controller = Controller(plant.gates, plant.meter, 0.4, 300)
+    run(plant, controller, 150)
+    for gate in plant.gates.values():
+        gate.update_(torch.rand(gate.grid) < 0.6)
+    run(plant, controller, 150)
     assert share(controller) == pytest.approx(0.4, rel=0.01)
 
 

@@ -1,0 +1,21 @@
+"""One of two data-parallel replicas, each with its own batches: `python replica.py RANK STORE OUT`."""
+
+import sys
+
+import torch
+import torch.distributed as dist
+from plant import Plant
+
+from ctrlcompile.controller import Controller
+
+rank, store, out = int(sys.argv[1]), sys.argv[2], sys.argv[3]
+torch.set_num_threads(1)
+dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+plant = Plant([(64, 64), (64, 48)], noise=1.0)
+plant.generator.manual_seed(rank)  # the same blocks are useful, the noise is each replica's own
+controller = Controller(plant.gates, plant.meter, 0.4, 80)
+for _ in range(80):
+    plant.train_step(rows=1 + rank)
+    controller.step()
+torch.save({"masks": [gate.mask for gate in plant.gates.values()], "state": controller.state_dict()}, out)
+dist.destroy_process_group()

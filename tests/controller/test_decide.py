@@ -1,0 +1,146 @@
+"""Decisions: the best blocks per cost, within bounds; and whose turn it is to be probed."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ctrlcompile.controller.decide import HYSTERESIS, Blocks, decide, swap_limit
+from ctrlcompile.controller.probes import RATE, Rotation
+from ctrlcompile.controller.signals import Layout
+
+from .plant import FakeGate
+
+
+def layout_of(*shapes, block=(8, 8)):
+    return Layout.of([FakeGate(str(i), shape, block) for i, shape in enumerate(shapes)])
+
+
+LAYOUT = layout_of((80, 80), (96, 50))
+N = LAYOUT.gate_of.numel()
+COST = LAYOUT.area * torch.tensor([0.6, 0.4], dtype=torch.float64)[LAYOUT.gate_of]
+
+
+def choose(blocks, benefit, ask, *, step=1000, dwell=50, swap=0.02, least=0, held=None):
+    held = torch.zeros(N, dtype=torch.bool) if held is None else held
+    counts = torch.full((2,), least)
+    return decide(blocks, benefit, COST, LAYOUT, step=step, ask=ask, dwell=dwell, swap=swap, least=counts, held=held)
+
+
+@settings(deadline=None, max_examples=25)
+@given(ask=st.floats(0.05, 1), seed=st.integers(0, 2**31))
+def test_what_is_kept_costs_what_was_asked_to_one_block_and_is_worth_the_price(ask, seed):
+    benefit = torch.rand(N, generator=torch.Generator().manual_seed(seed))
+    decision = choose(Blocks.of(torch.ones(N, dtype=torch.bool)), benefit, ask)
+    assert ask - 1e-6 <= decision.density < ask + float(COST.max())
+    assert decision.density == pytest.approx(float(COST[decision.active].sum()))
+    worth = benefit / COST
+    if not decision.active.all():
+        assert worth[decision.active].min() >= worth[~decision.active].max()
+    assert decision.price == pytest.approx(float(worth[decision.active].min()), rel=1e-5)
+
+
+def test_equal_benefits_are_told_apart_so_that_the_cost_is_still_met():
+    decision = choose(Blocks.of(torch.ones(N, dtype=torch.bool)), torch.ones(N), 0.5)
+    assert decision.density == pytest.approx(0.5, abs=float(COST.max()))
+
+
+def half():
+    """Every second block active, benefits all equal to a price of 1."""
+    return Blocks.of(torch.arange(N) % 2 == 0), COST.float().clone()
+
+
+@pytest.mark.parametrize(("better", "comes"), [(1.05 * (1 + HYSTERESIS), True), (0.95 * (1 + HYSTERESIS), False)])
+def test_an_inactive_block_comes_back_only_when_it_is_clearly_better(better, comes):
+    blocks, benefit = half()
+    benefit[3] *= better
+    decision = choose(blocks, benefit, float(COST[blocks.active].sum()))
+    assert bool(decision.active[3]) is comes
+    assert decision.density <= float(COST[blocks.active].sum()) + float(COST.max())
+
+
+def test_each_return_raises_the_bar():
+    blocks, benefit = half()
+    benefit[3] *= 1.05 * (1 + HYSTERESIS)
+    before, ask = blocks.active, float(COST[blocks.active].sum())
+    blocks.switch_(choose(blocks, benefit, ask).active, 1000)
+    assert blocks.active[3]
+    blocks.switch_(before, 2000)
+    assert not choose(blocks, benefit, ask, step=3000).active[3]
+
+
+def test_a_switched_block_stays_as_it_is_for_the_dwell_time():
+    blocks, benefit = half()
+    ask = float(COST[blocks.active].sum())
+    active = blocks.active.clone()
+    active[3], active[0] = True, False
+    blocks.switch_(active, 1000)
+    benefit[3], benefit[0] = 0.0, 100.0
+    soon, later = choose(blocks, benefit, ask, step=1049), choose(blocks, benefit, ask, step=1050)
+    assert (bool(soon.active[3]), bool(soon.active[0])) == (True, False)
+    assert (bool(later.active[3]), bool(later.active[0])) == (False, True)
+
+
+@settings(deadline=None, max_examples=25)
+@given(swap=st.floats(0.001, 0.2), seed=st.integers(0, 2**31))
+def test_what_comes_back_in_exchange_is_bounded(swap, seed):
+    generator = torch.Generator().manual_seed(seed)
+    blocks = Blocks.of(torch.rand(N, generator=generator) < 0.5)
+    benefit = torch.where(blocks.active, 1.0, 100.0) * torch.rand(N, generator=generator)
+    ask = float(COST[blocks.active].sum())
+    returned = choose(blocks, benefit, ask, swap=swap).active & ~blocks.active
+    assert float(COST[returned].sum()) <= swap * ask + float(COST.max())
+    assert returned.any()
+
+
+def test_every_gate_keeps_its_least_number_of_blocks():
+    benefit = torch.where(LAYOUT.gate_of == 0, 1e-9, 1.0) * torch.rand(N)
+    decision = choose(Blocks.of(torch.ones(N, dtype=torch.bool)), benefit, 0.2, least=7)
+    kept = decision.active[LAYOUT.gate_of == 0]
+    assert int(kept.sum()) == 7
+    assert benefit[LAYOUT.gate_of == 0][kept].min() >= benefit[LAYOUT.gate_of == 0][~kept].max()
+    assert decision.density == pytest.approx(0.2, abs=2 * float(COST.max()))
+
+
+def test_held_blocks_stay_as_they_are():
+    blocks = Blocks.of(torch.rand(N) < 0.5)
+    held = LAYOUT.gate_of == 1
+    decision = choose(blocks, torch.rand(N), 0.45, held=held)
+    assert torch.equal(decision.active[held], blocks.active[held])
+
+
+def test_exchange_ends_before_the_run_does():
+    limits = [swap_limit(step, 1000) for step in range(0, 1001, 50)]
+    assert limits == sorted(limits, reverse=True)
+    assert limits[0] > 0
+    assert limits[15:] == [pytest.approx(0, abs=1e-12)] * 6
+
+
+def test_every_inactive_block_is_probed_once_before_any_is_probed_twice():
+    rotation = Rotation.of(LAYOUT)
+    active = torch.rand(N) < 0.5
+    seen = torch.zeros(N, dtype=torch.int64)
+    while seen.sum() < int((~active).sum()) * 3:
+        for probes in rotation.next(active, [0.006, 0.004], LAYOUT, steps=4, afford=1.0, capacity=[2, 2]):
+            seen[probes.ids] += 1
+    assert not seen[active].any()
+    for gate in (0, 1):
+        turns = seen[~active & (LAYOUT.gate_of == gate)]
+        assert turns.max() - turns.min() <= 1
+
+
+@settings(deadline=None, max_examples=25)
+@given(afford=st.floats(0.0, 0.01), steps=st.integers(1, 50), capacity=st.integers(1, 4))
+def test_probes_cost_no_more_than_they_may_and_fit_the_gates(afford, steps, capacity):
+    rotation, active = Rotation.of(LAYOUT), torch.zeros(N, dtype=torch.bool)
+    total = 0.0
+    rounds = 100 // steps + 1
+    for _ in range(rounds):
+        turns = rotation.next(active, [0.006, 0.0057], LAYOUT, steps=steps, afford=afford, capacity=[capacity] * 2)
+        assert len(turns) == steps
+        for probes in turns:
+            assert max(probes.counts) <= capacity
+            assert torch.bincount(LAYOUT.gate_of[probes.ids], minlength=2).tolist() == probes.counts
+            total += 0.5 * (0.006 * probes.counts[0] + 0.0057 * probes.counts[1])
+    assert total <= afford * rounds * steps * (1 + 1e-6)
+    assert total <= RATE * 0.5 * (100 * 0.006 + 84 * 0.0057) * rounds * steps * (1 + 1e-6)
