@@ -1,8 +1,8 @@
 """Compiles generated C++ with the system's compiler, and keeps the result on disk.
 
 A library is found by a hash of its source, its flags and the compiler's version, so nothing in the cache can be stale.
-It is written under another name and moved into place, so that any number of processes may build at once; a digest beside
-it is checked before it is loaded, so that a damaged file is built anew rather than run.
+It is written under another name and moved into place, so that any number of processes may build at once. It ends in a
+digest, which is checked before it is loaded, so that a damaged file is built anew rather than run.
 """
 
 import ctypes

@@ -1,12 +1,13 @@
 """C++ for the products whose output rows run over a list of blocks: the forward pass and the input gradient.
 
-Both compute `y[:, block o] = sum over listed i of x[:, block i] @ w[o, i]`. The forward pass lists the block columns of
-each block row and packs weight blocks transposed; the input gradient lists the block rows of each block column and packs
-them as they lie. A strip of a block's columns times a few rows of x stays in registers over the whole list.
+Both compute `y[:, block o] = sum over listed i of x[:, block i] @ w[o, i]`. The forward pass lists the block columns
+of each block row and packs weight blocks transposed; the input gradient lists the block rows of each block column and
+packs them as they lie. The sums of a few rows of x by a strip of a block's columns stay in registers over the whole
+list.
 
 The plan of one call: pack the listed blocks of the weight, in the order in which they will be read; then tiles of rows
-of x, each small enough for the second-level cache, run over all lists. A thread takes a tile for itself as long as there
-are tiles, then helps with what is left of the others', so that neither few rows nor unequal lists leave one idle.
+of x, each small enough for the second-level cache, run over all lists. A thread takes a tile for itself as long as
+there are tiles, then helps with what is left of the others, so that neither few rows nor unequal lists leave one idle.
 """
 
 import torch
@@ -70,7 +71,7 @@ struct Call {
 
 // ---- packing -------------------------------------------------------------------------------------------------------
 
-// Rows [first, last) of x as float32, zero up to a whole block, at a row stride that spreads them over the cache's sets.
+// Rows [first, last) of x as float32, zero up to a whole block, at a stride that spreads them over the cache's sets.
 void pack_x(const Call& c, int64_t first, int64_t last, float* to) {
   for (int64_t m = first; m < last; ++m, to += c.tile_stride) {
     const x_t* from = c.x + m * c.x_stride;
@@ -127,13 +128,13 @@ INLINE void finish(const Call& c, int64_t row, int64_t column, typename V::f (&a
     UNROLL for (int i = 0; i < ROWS; ++i, y += c.outputs, z += c.outputs)
       UNROLL for (int v = 0; v < VECTORS; ++v) {
         if (KEEPS_Z) store<V>(z + v * V::lanes, acc[i][v]);
-        store<V>(y + v * V::lanes, activate(acc[i][v]));
+        store<V>(y + v * V::lanes, activate<V>(acc[i][v]));
       }
   } else {
     UNROLL for (int i = 0; i < ROWS; ++i, y += c.outputs, z += c.outputs) {
       x_t whole[2][WIDTH];
       UNROLL for (int v = 0; v < VECTORS; ++v) {
-        store<V>(whole[0] + v * V::lanes, activate(acc[i][v]));
+        store<V>(whole[0] + v * V::lanes, activate<V>(acc[i][v]));
         store<V>(whole[1] + v * V::lanes, acc[i][v]);
       }
       std::memcpy(y, whole[0], width * sizeof(x_t));
@@ -157,15 +158,12 @@ __attribute__((noinline)) void kernel(const Call& c, int r, int strip, const flo
     for (int i = 0; i < ROWS; ++i, next += stride)
       UNROLL for (int k = 0; k < IN; k += 16) __builtin_prefetch(next + k);
     const float* from = x + (int64_t)list[j] * IN;
-    // Two steps, not more: instructions whose offsets fit a byte decode at the rate at which they execute.
-    for (int k = 0; k < IN; k += 2, from += 2) {
-      UNROLL for (int step = 0; step < 2; ++step) {
-        typename V::f b[VECTORS];
-        UNROLL for (int v = 0; v < VECTORS; ++v) b[v] = load<V>(w + v * V::lanes);
-        UNROLL for (int i = 0; i < ROWS; ++i)
-          UNROLL for (int v = 0; v < VECTORS; ++v) acc[i][v] += from[i * stride + step] * b[v];
-        w += VECTORS * V::lanes;
-      }
+    // Twice, not more: instructions whose offsets fit a byte are fetched as fast as they execute.
+    UNROLL_TWICE for (int k = 0; k < IN; ++k, w += VECTORS * V::lanes) {
+      typename V::f b[VECTORS];
+      UNROLL for (int v = 0; v < VECTORS; ++v) b[v] = load<V>(w + v * V::lanes);
+      UNROLL for (int i = 0; i < ROWS; ++i)
+        UNROLL for (int v = 0; v < VECTORS; ++v) acc[i][v] += from[i * stride + k] * b[v];
     }
   }
   finish<V, VECTORS, ROWS>(c, row, column, acc);

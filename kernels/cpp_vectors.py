@@ -51,9 +51,11 @@ _PRIMITIVES = """\
 
 #if defined(__clang__)
 #define UNROLL _Pragma("unroll")
+#define UNROLL_TWICE _Pragma("unroll 2")
 #define SHUFFLE(type, a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
 #else
 #define UNROLL _Pragma("GCC unroll 16")
+#define UNROLL_TWICE _Pragma("GCC unroll 2")
 #define SHUFFLE(type, a, b, ...) __builtin_shuffle(a, b, type{__VA_ARGS__})
 #endif
 #define INLINE inline __attribute__((always_inline))
@@ -123,46 +125,60 @@ $TRANSPOSE_STAGES
 inline int64_t part(int64_t size, int64_t count, int64_t i) { return size / count * i + std::min(size % count, i); }
 """
 
-_POLYNOMIAL = """
-// An odd rational approximation, numerator and denominator in x * x by Horner's rule.
-template <class F, int N, int D> INLINE F odd_rational(F x, const float (&p)[N], const float (&q)[D]) {
-  const F square = x * x;
-  F above = square * p[0] + p[1], below = square * q[0] + q[1];
-  UNROLL for (int i = 2; i < N; ++i) above = above * square + p[i];
-  UNROLL for (int i = 2; i < D; ++i) below = below * square + q[i];
-  return x * above / below;
-}
-
+_CLAMP = """
 // Written so that a NaN passes.
-template <class F> INLINE F clamp(F x, float limit) {
-  const F high = F{} + limit;
-  x = x > high ? high : x;
-  return x < -high ? -high : x;
+template <class F> INLINE F clamp(F x, float low, float high) {
+  const F least = F{} + low, most = F{} + high;
+  x = x > most ? most : x;
+  return x < least ? least : x;
 }
 """
 
 _ACTIVATIONS = {
-    "none": "\ntemplate <class F> INLINE F activate(F z) { return z; }\n",
-    "relu": "\ntemplate <class F> INLINE F activate(F z) { return z < F{} ? F{} : z; }\n",
-    "gelu": _POLYNOMIAL
-    + """
-template <class F> INLINE F activate(F z) {
-  static const float p[] = {-2.72614225801306e-10f, 2.77068142495902e-08f, -2.10102402082508e-06f, -5.69250639462346e-05f,
-                            -7.34990630326855e-04f, -2.95459980854025e-03f, -1.60960333262415e-02f};
-  static const float q[] = {-1.45660718464996e-05f, -2.13374055278905e-04f, -1.68282697438203e-03f,
-                            -7.37332916720468e-03f, -1.42647390514189e-02f};
-  const F erf = odd_rational(clamp(z * 0.70710678118654752f, 4.0f), p, q);
-  return z * 0.5f * (1.0f + erf);
+    "none": "\ntemplate <class V> INLINE typename V::f activate(typename V::f z) { return z; }\n",
+    "relu": """
+template <class V> INLINE typename V::f activate(typename V::f z) {
+  const typename V::f zero = {};
+  return z < zero ? zero : z;
 }
 """,
-    "gelu_tanh": _POLYNOMIAL
+    # erf: an odd rational function of degree 13 / 8, minimax on [-4, 4], where it reaches 1 in float32.
+    "gelu": _CLAMP
     + """
-template <class F> INLINE F activate(F z) {
-  static const float p[] = {-2.76076847742355e-16f, 2.00018790482477e-13f, -8.60467152213735e-11f, 5.12229709037114e-08f,
-                            1.48572235717979e-05f, 6.37261928875436e-04f, 4.89352455891786e-03f};
-  static const float q[] = {1.19825839466702e-06f, 1.18534705686654e-04f, 2.26843463243900e-03f, 4.89352518554385e-03f};
-  const F inner = 0.79788456080286536f * (z + 0.044715f * (z * z * z));
-  return z * 0.5f * (1.0f + odd_rational(clamp(inner, 7.90531110763549805f), p, q));
+template <class V> INLINE typename V::f activate(typename V::f z) {
+  const typename V::f x = clamp(z * 0.70710678118654752f, -4.0f, 4.0f), s = x * x;
+  typename V::f p = s * -2.72614225801306e-10f + 2.77068142495902e-08f;
+  p = p * s + -2.10102402082508e-06f;
+  p = p * s + -5.69250639462346e-05f;
+  p = p * s + -7.34990630326855e-04f;
+  p = p * s + -2.95459980854025e-03f;
+  p = p * s + -1.60960333262415e-02f;
+  typename V::f q = s * -1.45660718464996e-05f + -2.13374055278905e-04f;
+  q = q * s + -1.68282697438203e-03f;
+  q = q * s + -7.37332916720468e-03f;
+  q = q * s + -1.42647390514189e-02f;
+  return z * 0.5f * (1.0f + x * p / q);
+}
+""",
+    # z * (1 + tanh(u)) / 2 = z / (1 + exp(-2 u)); exp as 2**n times a polynomial of degree 7 (Cephes, expf).
+    "gelu_tanh": _CLAMP
+    + """
+template <class V> INLINE typename V::f exponential(typename V::f x) {
+  x = clamp(x, -87.0f, 89.0f);  // from 88.7 on the result is infinite
+  const typename V::f shifted = x * 1.44269504088896341f + 12582912.0f, n = shifted - 12582912.0f;
+  const typename V::f r = x - n * 0.693359375f + n * 2.12194440e-4f;
+  typename V::f p = r * 1.9875691500e-4f + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  const typename V::u power = ((typename V::u)shifted << 23) + 0x3f800000u;
+  return (p * r * r + r + 1.0f) * (typename V::f)power;
+}
+
+template <class V> INLINE typename V::f activate(typename V::f z) {
+  const typename V::f u = z + 0.044715f * (z * z * z);
+  return z / (1.0f + exponential<V>(u * -1.59576912160573071f));
 }
 """,
 }

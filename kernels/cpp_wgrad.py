@@ -1,9 +1,10 @@
 """C++ for the weight gradient: for each listed block, a product over all rows of x and of the output's gradient.
 
-The plan of one call: rows are taken in chunks that fit the caches; a chunk of both inputs is packed by columns of blocks,
-[block][row][column of the block]; then every listed block multiplies its two panels. A block's sums stay in the first-level
-cache for a chunk and in a scratch buffer between chunks, in float32. The last chunk rounds and writes them, together with
-the block's two signals. Probed blocks take the same way without being written; all other blocks are written zero.
+The plan of one call: rows are taken in chunks that fit the caches; a chunk of both inputs is packed by columns of
+blocks, [block][row][column of the block]; then every listed block multiplies its two panels. A block's sums stay in
+the first-level cache for a chunk, and in a scratch buffer between chunks, in float32. The last chunk rounds and writes
+them, together with the block's two signals. Probed blocks take the same way without being written; all other blocks are
+written zero.
 """
 
 import torch
@@ -40,7 +41,7 @@ constexpr int64_t RESIDENT = {_resident_rows(block)};  // rows whose two panels 
 
 
 def _resident_rows(block: tuple[int, int]) -> int:
-    return max(32, 24 * 1024 // (4 * (block[0] + block[1])) // 8 * 8)
+    return max(32, 32 * 1024 // (4 * (block[0] + block[1])) // 8 * 8)
 
 
 _BODY = """
@@ -80,18 +81,13 @@ __attribute__((noinline)) void kernel(const float* g, const float* x, int64_t ro
   typename V::f acc[ROWS][VECTORS];
   UNROLL for (int i = 0; i < ROWS; ++i)
     UNROLL for (int v = 0; v < VECTORS; ++v) acc[i][v] = load<V>(sums + i * IN + v * V::lanes);
-  auto step = [&](int m) __attribute__((always_inline)) {
+  // Twice, not more: instructions whose offsets fit a byte are fetched as fast as they execute.
+  UNROLL_TWICE for (int64_t m = 0; m < rows; ++m, g += OUT, x += WIDTH) {
     typename V::f b[VECTORS];
-    UNROLL for (int v = 0; v < VECTORS; ++v) b[v] = load<V>(x + m * WIDTH + v * V::lanes);
+    UNROLL for (int v = 0; v < VECTORS; ++v) b[v] = load<V>(x + v * V::lanes);
     UNROLL for (int i = 0; i < ROWS; ++i)
-      UNROLL for (int v = 0; v < VECTORS; ++v) acc[i][v] += g[m * OUT + i] * b[v];
-  };
-  // Two steps, not more: instructions whose offsets fit a byte decode at the rate at which they execute.
-  for (; rows >= 2; rows -= 2, g += 2 * OUT, x += 2 * WIDTH) {
-    step(0);
-    step(1);
+      UNROLL for (int v = 0; v < VECTORS; ++v) acc[i][v] += g[i] * b[v];
   }
-  if (rows) step(0);
   UNROLL for (int i = 0; i < ROWS; ++i)
     UNROLL for (int v = 0; v < VECTORS; ++v) store<V>(sums + i * IN + v * V::lanes, acc[i][v]);
 }
@@ -183,7 +179,8 @@ struct Plan {
 // Bytes of scratch that run() needs.
 extern "C" int64_t scratch_bytes(int64_t rows, int64_t n, int64_t k, int64_t probes, int64_t chunk_rows) {
   const Plan p(rows, n, k, chunk_rows);
-  return 4 * (p.g_floats + p.x_floats + p.kept_floats) + (p.blocks + probes) * (int64_t)sizeof(Entry) + p.height + p.width;
+  const int64_t floats = p.g_floats + p.x_floats + p.kept_floats;
+  return 4 * floats + (p.blocks + probes) * (int64_t)sizeof(Entry) + p.height + p.width;
 }
 
 // g [rows, n], x [rows, k], weight and gradient [n, k], signals [2, blocks].

@@ -12,6 +12,7 @@ import ctypes
 import functools
 import threading
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -127,7 +128,7 @@ def _name(role: str, block: Block, x_dtype: torch.dtype, weight_dtype: torch.dty
 
 
 def _declare(library: ctypes.CDLL, run: str, scratch_bytes: str) -> ctypes.CDLL:
-    kinds = {"p": ctypes.c_void_p, "l": ctypes.c_int64, "i": ctypes.c_int}
+    kinds: dict[str, Any] = {"p": ctypes.c_void_p, "l": ctypes.c_int64, "i": ctypes.c_int}
     library.run.argtypes = [kinds[kind] for kind in run.split()]
     library.run.restype = None
     library.scratch_bytes.argtypes = [kinds[kind] for kind in scratch_bytes.split()]

@@ -57,9 +57,9 @@ class Panel(NamedTuple):
 def panels(width: int, isa: Isa) -> list[Panel]:
     """Covers `width` columns, a multiple of 8, with strips that keep the multiply-add units busy.
 
-    The sums of a strip have to hide the latency of a multiply-add (8 of them or more do), and a step needs a vector load
-    for each vector and a broadcast load for each row, which share two load ports: both want strips as large as the
-    registers allow, and nearly square.
+    The sums of a strip have to hide the latency of a multiply-add (8 of them or more do), and a step needs a load for
+    each vector and a broadcast load for each row, which share two load ports: both want strips as large as the
+    registers allow.
     """
     units, half = divmod(width, isa.lanes)
     strips: list[Panel] = []

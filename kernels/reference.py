@@ -45,7 +45,8 @@ def linear_wgrad(
       respect to a gate that multiplies the block) for active blocks, `signals[1]` the sum of g ** 2 for active and
       probed ones, with g the gradient before it is rounded; zero elsewhere.
     """
-    shape, dtype = tuple(weight.shape), _compute_dtype(grad_z)
+    dtype = _compute_dtype(grad_z)
+    shape = (weight.shape[0], weight.shape[1])
     gradient = grad_z.t().to(dtype) @ x.to(dtype)
     probed = torch.zeros(mask.numel(), dtype=torch.bool, device=mask.device)
     probed[probes[probes >= 0].long()] = True
