@@ -1,0 +1,93 @@
+"""Optimizers are followed: who drives which gates, and whose state goes with a block."""
+
+import gc
+import weakref
+
+import pytest
+import torch
+
+import ctrlcompile as cc
+from ctrlcompile import BudgetError
+
+from .small_models import MLP, masked_entries, random_mask
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def step(run, *optimizers):
+    run.zero_grad()
+    run(torch.randn(32, 64)).square().mean().backward()
+    for optimizer in optimizers:
+        optimizer.step()
+
+
+def test_an_optimizer_of_other_parameters_drives_nothing():
+    model = MLP(64, 96, 64)
+    other = torch.optim.AdamW(MLP().parameters())
+    biases = torch.optim.SGD([model.fc1.bias, model.fc2.bias], 0.1)
+    run = torch.compile(model, backend="ctrlprune", options={"budget": 0.4, "total_steps": 50, "block": 8})
+    for _ in range(3):
+        step(run, biases)
+        other.step()
+    assert cc.controller_of(other) is None
+    assert cc.controller_of(biases) is None
+    mine = torch.optim.AdamW(model.parameters())
+    step(run, mine, biases)
+    assert cc.controller_of(mine).steps == 1
+
+
+def test_two_optimizers_of_one_model_each_drive_their_own_weights():
+    model = MLP(64, 96, 64)
+    optimizers = [torch.optim.AdamW(layer.parameters()) for layer in (model.fc1, model.fc2)]
+    run = torch.compile(model, backend="ctrlprune", options={"budget": 0.7, "block": 8})
+    for _ in range(3):
+        step(run, *optimizers)
+    first, second = map(cc.controller_of, optimizers)
+    assert (list(first.gates), list(second.gates)) == (["fc1.weight"], ["fc2.weight"])
+    assert first.steps == second.steps == 3
+
+
+def test_without_a_budget_no_controller_runs():
+    model = MLP(64, 96, 64)
+    optimizer = torch.optim.AdamW(model.parameters())
+    run = torch.compile(model, backend="ctrlprune", options={"block": 8})
+    step(run, optimizer)
+    assert cc.controller_of(optimizer) is None
+    assert all(gate.mask.all() for gate in cc.gates(model).values())
+
+
+def test_the_state_of_a_block_goes_with_it_whichever_optimizer_owns_it():
+    model = MLP(64, 96, 64)
+    gates = cc.gates(model, 8)
+    run = torch.compile(model, backend="ctrlprune")
+    optimizers = [torch.optim.AdamW(model.fc1.parameters()), torch.optim.RMSprop(model.fc2.parameters(), momentum=0.9)]
+    step(run, *optimizers)
+    for gate, optimizer in zip(gates.values(), optimizers, strict=True):
+        gate.update_(random_mask(gate.grid))
+        gone = masked_entries(gate)
+        moments = [value for value in optimizer.state[gate.weight].values() if value.shape == gate.shape]
+        assert len(moments) == 2
+        for value in moments:
+            assert not value[gone].any()
+            assert value[~gone].any()
+
+
+def test_a_budget_that_the_model_cannot_meet_is_an_error_of_the_first_step():
+    model = MLP(64, 96, 64)
+    optimizer = torch.optim.AdamW(model.parameters())
+    options = {"budget": 0.3, "total_steps": 50, "block": 8, "exclude": ["fc1*"]}
+    run = torch.compile(model, backend="ctrlprune", options=options)
+    with pytest.raises(BudgetError, match=r"0\.400 of this model's training FLOPs cannot be gated"):
+        step(run, optimizer)
+
+
+def test_a_dropped_model_leaves_nothing_behind():
+    model = MLP(64, 96, 64)
+    optimizer = torch.optim.AdamW(model.parameters())
+    run = torch.compile(model, backend="ctrlprune", options={"budget": 0.7, "block": 8})
+    step(run, optimizer)
+    kept = [weakref.ref(model.fc1.weight), weakref.ref(cc.controller_of(optimizer))]
+    del model, optimizer, run
+    torch._dynamo.reset()
+    gc.collect()
+    assert [ref() is None for ref in kept] == [True, True]

@@ -1,0 +1,173 @@
+"""One line, and the same in the open: a real model trained through torch.compile lands on its budget and resumes."""
+
+import io
+
+import pytest
+import torch
+from torch import nn
+
+import ctrlcompile as cc
+
+from .small_models import MLP, masked_entries
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+STEPS = 60
+ONE_LINE = {"budget": 0.4, "total_steps": STEPS, "block": 8}
+
+
+class Run:
+    """A model, its optimizer and its data, from a seed."""
+
+    def __init__(self, seed: int, options=None, budget=None) -> None:
+        self.generator = torch.Generator().manual_seed(seed)
+        torch.manual_seed(seed)
+        self.model = MLP(64, 96, 64)
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), 3e-3)
+        self.teacher = torch.randn(64, 64, generator=self.generator) / 8
+        self.controller = None
+        if budget is not None:
+            self.controller = cc.Controller(
+                self.model, budget=budget, total_steps=STEPS, optimizer=self.optimizer, block=8
+            )
+        self.compiled = torch.compile(self.model, backend="ctrlprune", options=options)
+
+    def train(self, steps: int) -> "Run":
+        for _ in range(steps):
+            x = torch.randn(32, 64, generator=self.generator)
+            loss = (self.compiled(x) - x @ self.teacher).square().mean()
+            self.optimizer.zero_grad()
+            loss.backward()
+            self.optimizer.step()
+            if self.controller is not None:
+                self.controller.step(loss)
+        self.loss = loss.item()
+        return self
+
+    @property
+    def masks(self):
+        return {name: gate.mask for name, gate in cc.gates(self.model).items()}
+
+
+def share(controller) -> float:
+    return controller.flops_used / controller.flops_dense
+
+
+def same_masks(a: Run, b: Run) -> bool:
+    return a.masks.keys() == b.masks.keys() and all(torch.equal(a.masks[k], b.masks[k]) for k in a.masks)
+
+
+def test_one_line_lands_on_the_budget_and_the_open_form_makes_the_same_decisions(seed):
+    one_line = Run(seed, ONE_LINE)
+    assert cc.controller_of(one_line.optimizer) is None
+    start = one_line.train(1).loss
+    one_line.train(STEPS - 1)
+    controller = cc.controller_of(one_line.optimizer)
+    assert controller.steps == STEPS
+    assert share(controller) == pytest.approx(0.4, rel=0.01)
+    assert one_line.loss < start
+    gates = cc.gates(one_line.model)
+    assert set(controller.gates) == set(gates)
+    assert any(gate.density < 0.9 for gate in gates.values())
+    for gate in gates.values():
+        assert not gate.weight[masked_entries(gate)].any()
+
+    in_the_open = Run(seed, budget=0.4).train(STEPS)
+    assert share(in_the_open.controller) == share(controller)
+    assert same_masks(one_line, in_the_open)
+    assert in_the_open.loss == one_line.loss
+    assert cc.controller_of(in_the_open.optimizer) is None, "a controller in the open is stepped by its user alone"
+
+
+@pytest.mark.parametrize("one_line", [True, False])
+def test_a_run_is_resumed_in_the_open_bit_for_bit(seed, one_line):
+    whole = Run(seed, ONE_LINE) if one_line else Run(seed, budget=0.4)
+    whole.train(33)
+    controller = cc.controller_of(whole.optimizer) if one_line else whole.controller
+    file = io.BytesIO()
+    torch.save([thing.state_dict() for thing in (whole.model, whole.optimizer, controller)], file)
+    file.seek(0)
+    resumed = Run(seed, budget=0.4)
+    saved = torch.load(file, weights_only=True)
+    for thing, state in zip((resumed.model, resumed.optimizer, resumed.controller), saved, strict=True):
+        thing.load_state_dict(state)
+    resumed.generator.set_state(whole.generator.get_state())
+    for run in (whole, resumed):
+        run.train(STEPS - 33)
+    assert same_masks(whole, resumed)
+    assert resumed.loss == whole.loss
+    assert all(map(torch.equal, whole.model.state_dict().values(), resumed.model.state_dict().values()))
+    assert share(resumed.controller) == share(controller)
+
+
+def test_two_models_with_their_own_optimizers_land_each_on_its_own_budget(seed):
+    first, second = Run(seed, ONE_LINE), Run(seed + 1, {**ONE_LINE, "budget": 0.6})
+    for _ in range(STEPS):
+        first.train(1)
+        second.train(1)
+    one, two = (cc.controller_of(run.optimizer) for run in (first, second))
+    assert one is not two
+    assert share(one) == pytest.approx(0.4, rel=0.01)
+    assert share(two) == pytest.approx(0.6, rel=0.01)
+
+
+def test_micro_batches_and_evaluation_between_steps_still_land(seed):
+    run = Run(seed, ONE_LINE)
+    for step in range(STEPS):
+        run.optimizer.zero_grad()
+        for _ in range(2):
+            x = torch.randn(16, 64, generator=run.generator)
+            (run.compiled(x) - x @ run.teacher).square().mean().backward()
+        run.optimizer.step()
+        if step % 10 == 0:
+            with torch.no_grad():
+                run.compiled(torch.randn(16, 64))
+    controller = cc.controller_of(run.optimizer)
+    assert controller.steps == STEPS
+    assert share(controller) == pytest.approx(0.4, rel=0.01)
+    assert controller.flops_dense == STEPS * 2 * 16 * 2 * 64 * 96 * (2 + 3)
+
+
+def test_two_linears_that_share_a_weight_are_controlled_as_one(seed):
+    model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64))
+    model[2].weight = model[0].weight
+    optimizer = torch.optim.AdamW(model.parameters(), 3e-3)
+    controller = cc.Controller(model, budget=0.5, total_steps=STEPS, optimizer=optimizer, block=8)
+    run = torch.compile(model, backend="ctrlprune")
+    for _ in range(STEPS):
+        optimizer.zero_grad()
+        run(torch.randn(32, 64)).square().mean().backward()
+        optimizer.step()
+        controller.step()
+    assert list(controller.gates) == ["0.weight"]
+    assert share(controller) == pytest.approx(0.5, rel=0.01)
+
+
+def test_wrong_arguments_are_refused_where_they_come_in():
+    model = MLP(64, 96, 64)
+    optimizer = torch.optim.AdamW(model.parameters())
+    for given, error, message in (
+        ({"optimizer": torch.optim.SGD(MLP().parameters(), 0.1)}, ValueError, "steps none of the model's gated"),
+        ({"optimizer": "adamw"}, TypeError, r"torch\.optim\.Optimizer.*got str"),
+        ({"budget": 1.5}, ValueError, "allowed is 0 < budget <= 1"),
+        ({"budget": None}, TypeError, "budget"),
+        ({"total_steps": 0}, ValueError, "total_steps"),
+        ({"block": 10}, ValueError, "multiples of 8"),
+        ({"block": 128}, ValueError, "larger than the weight"),
+        ({"exclude": ["*"]}, ValueError, "nothing to control"),
+    ):
+        arguments = {"budget": 0.4, "total_steps": 10, "optimizer": optimizer, "block": 8} | given
+        with pytest.raises(error, match=message):
+            cc.Controller(MLP(64, 96, 64) if "block" in given else model, **arguments)
+    with pytest.raises(TypeError, match=r"torch\.nn\.Module"):
+        cc.Controller("model", budget=0.4, optimizer=optimizer)
+
+
+def test_a_checkpoint_of_another_model_is_refused_and_changes_nothing():
+    model, other = MLP(64, 96, 64), MLP(64, 64, 64)
+    make = {"budget": 0.4, "total_steps": 10, "block": 8}
+    saved = cc.Controller(other, optimizer=torch.optim.SGD(other.parameters(), 0.1), **make).state_dict()
+    controller = cc.Controller(model, optimizer=torch.optim.SGD(model.parameters(), 0.1), **make)
+    with pytest.raises(ValueError, match=r"another model; shape of gate 'fc1\.weight' is \(64, 64\)"):
+        controller.load_state_dict(saved)
+    assert all(gate.mask.all() for gate in controller.gates.values())
