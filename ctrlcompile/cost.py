@@ -123,7 +123,13 @@ class _WithoutCheckpoints(fx.Interpreter):
 @contextlib.contextmanager
 def _scratch(mode: FakeTensorMode) -> Iterator[None]:
     fresh = mode.shape_env.ignore_fresh_unbacked_symbols() if mode.shape_env else contextlib.nullcontext()
-    with mode, torch.enable_grad(), fresh:
+
+    def untouched(tensor: torch.Tensor) -> torch.Tensor:
+        return tensor
+
+    # A checkpoint around the compiled call has saved-tensor hooks, which must not see fake tensors.
+    hooks = torch.autograd.graph.saved_tensors_hooks(untouched, untouched)
+    with mode, torch.enable_grad(), fresh, hooks:
         yield
 
 

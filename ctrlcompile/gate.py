@@ -63,6 +63,7 @@ class Gate:
         self.active_area, self.probed_area = float(math.prod(self.shape)), 0.0
         self._weight = weakref.ref(weight)
         self._optimizer: weakref.ref[torch.optim.Optimizer] | None = None
+        self._version = weight._version  # of the weight's values, when masked blocks were last known to be zero
         self._gradients = self._gated_gradients = 0  # accumulated into the weight and into signals since the last step
         if weight.requires_grad:
             self.signals.requires_grad_(True)
@@ -109,8 +110,10 @@ class Gate:
         self.active = int(mask.sum())
         self.active_area = float(self.block_area[mask].sum()) if self.active else 0.0
         self.probe_(self.probes.new_empty(0))
+        self.settle()
         if bool(gone.any()):
             self._zero_blocks(gone)
+            self._version = self.weight._version
 
     @torch.no_grad()
     def probe_(self, block_ids: Tensor) -> None:
@@ -139,6 +142,12 @@ class Gate:
         """Zeroes the masked blocks in the weight, its gradient and its optimizer state, whatever wrote to them."""
         if self.active < self._mask.numel():
             self._zero_blocks(~self._mask)
+        self._version = self.weight._version
+
+    def settle(self) -> None:
+        """Enforces the mask if anybody but the optimizer wrote to the weight (`load_state_dict`, say)."""
+        if self._version != self.weight._version:
+            self.enforce_()
 
     def owned_by(self, optimizer: torch.optim.Optimizer) -> None:
         """Remembers the optimizer that holds the weight's state, which goes with a block."""
@@ -153,6 +162,7 @@ class Gate:
         self.owned_by(optimizer)
         if not (keeps_zero and self._gradients == self._gated_gradients > 0):
             self.enforce_()
+        self._version = self.weight._version
         self._gradients = self._gated_gradients = 0
 
     @property

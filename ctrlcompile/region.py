@@ -80,8 +80,10 @@ class Region:
             gate = registry.get(parameter)
             if gate is None and weight.reason is None and registry.refusal(parameter) is None:
                 gate = registry.get_or_create(parameter, self.options.block, weight.name)
-            if gate is not None and self.options.budget is not None:
-                follow.adopt(gate, self.options)
+            if gate is not None:
+                gate.settle()
+                if self.options.budget is not None:
+                    follow.adopt(gate, self.options)
             gates.append(gate)
         return gates
 

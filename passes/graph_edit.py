@@ -51,7 +51,7 @@ def scopes(gm: fx.GraphModule) -> list[Scope]:
 
 
 def uses(placeholder: fx.Node, everywhere: list[Scope]) -> Iterator[tuple[fx.Node, fx.Node]]:
-    """The nodes, in bodies too, that read an input of the whole graph, each with the node by which it knows the input."""
+    """The nodes that read an input of the whole graph, in bodies too, each with the node that it reads it by."""
     for scope in everywhere:
         if scope.call is None:
             calls = [other.call for other in everywhere if other.call is not None]
