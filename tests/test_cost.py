@@ -1,4 +1,4 @@
-"""What a step costs: the dense count is PyTorch's own, the used count is what the gated graph runs, sizes stay symbols."""
+"""What a step costs: dense as PyTorch counts it, used as the gated operators count themselves, at every size."""
 
 import pytest
 import torch

@@ -115,9 +115,7 @@ def test_the_repr_says_which_weight_and_how_dense():
     mask = torch.ones(gate.grid, dtype=torch.bool)
     mask[0, 0] = False
     gate.update_(mask)
-    assert repr(gate) == (
-        "Gate('weight', shape=(68, 40), block=(8, 16), 26 of 9 x 3 blocks active, density=0.963)"
-    )
+    assert repr(gate) == ("Gate('weight', shape=(68, 40), block=(8, 16), 26 of 9 x 3 blocks active, density=0.963)")
 
 
 def test_the_picture_shows_each_block_and_shrinks_large_grids():
