@@ -14,12 +14,28 @@ import sympy
 import torch
 from torch import fx
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from ctrlcompile.controller.contract import StepCost
 from ctrlcompile.gate import Gate
 
 Expression = int | sympy.Expr
+
+
+def _attention(q: Any, k: Any, v: Any, *_: Any, **__: Any) -> int:
+    return sdpa_flop_count(q, k, v)
+
+
+def _attention_backward(grad: Any, q: Any, k: Any, v: Any, *_: Any, **__: Any) -> int:
+    return 2 * sdpa_flop_count(q, k, v)
+
+
+# PyTorch's counter knows the attention operators of GPUs; these are the CPU's. What the backward computes a second
+# time is left out, as everywhere here.
+ATTENTION = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
+}
 
 
 @dataclass(frozen=True)
@@ -79,7 +95,7 @@ def region_flops(gm: fx.GraphModule) -> Expression:
     mode = next((e.fake_mode for e in examples if isinstance(e, FakeTensor)), None)
     if mode is None:
         return 0
-    with _scratch(mode), FlopCounterMode(display=False) as counter:
+    with _scratch(mode), FlopCounterMode(display=False, custom_mapping=ATTENTION) as counter:
         inputs = [_fresh(example) for example in examples]
         outputs = [
             o

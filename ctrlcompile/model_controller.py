@@ -55,6 +55,8 @@ class Controller(controller.Controller):
                 "the optimizer steps none of the model's gated Parameters; pass the one that trains this model"
             )
         trained = {name: gate for name, gate in found.items() if id(gate.weight) in stepped}
+        for gate in trained.values():
+            gate.signals.grad = None  # what came before does not count
         super().__init__(trained, counter_for(trained), budget, total_steps, interval=interval)
         for gate in trained.values():
             follow.leave(gate, optimizer)

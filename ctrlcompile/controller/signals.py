@@ -70,6 +70,8 @@ class Inbox:
         ]
         for gate, view in zip(gates, self.views, strict=True):
             gate.signals.requires_grad_(True)
+            if gate.signals.grad is not None:  # of the first step, whose hook makes the controller
+                view.copy_(gate.signals.grad)
             gate.signals.grad = view
 
     def collect(self) -> Tensor:
