@@ -36,4 +36,4 @@ types: .venv/test
 	touch $@
 
 clean:
-	rm -rf .venv build out *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv build out *.egg-info .pytest_cache .ruff_cache .hypothesis

@@ -26,10 +26,10 @@ def band(rows: int, columns: int, reach: int) -> Tensor:
     return torch.minimum(distance, columns - distance) <= reach
 
 
-def strongest(gate: cc.Gate, weight: Tensor, density: float) -> Tensor:
+def strongest(gate: cc.Gate, density: float) -> Tensor:
     """True for the blocks whose weights have the largest sum of squares."""
     (rows, columns), (height, width) = gate.grid, gate.block
-    strength = weight.detach().square().view(rows, height, columns, width).sum((1, 3))
+    strength = gate.weight.detach().square().view(rows, height, columns, width).sum((1, 3))
     return strength > strength.quantile(1 - density)
 
 
@@ -40,20 +40,20 @@ def main() -> None:
     gates = cc.gates(model, block=32, exclude=["4.*"])
     gates["2.weight"].update_(band(*gates["2.weight"].grid, reach=4))
 
-    compiled = torch.compile(model, backend="ctrlprune")
+    model.compile(backend="ctrlprune")
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     for step in range(201):
         x = torch.randn(512, 256)
-        loss = nn.functional.mse_loss(compiled(x), (x @ teacher).sin().sum(1, keepdim=True))
+        loss = nn.functional.mse_loss(model(x), (x @ teacher).sin().sum(1, keepdim=True))
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
         if step == 100:
-            gates["0.weight"].update_(strongest(gates["0.weight"], model[0].weight, density=0.5))
+            gates["0.weight"].update_(strongest(gates["0.weight"], density=0.5))
         if step % 50 == 0:
             print(f"step {step:3d}  loss {loss.item():.3f}")
 
-    print(cc.explain(compiled)(x))
+    print(cc.explain(model)(x))
     print(gates["2.weight"].picture())
     for gate in gates.values():
         print(gate)

@@ -12,6 +12,7 @@ import gc
 import json
 import math
 import platform
+import random
 import statistics
 import sysconfig
 import time
@@ -116,12 +117,12 @@ class Data:
 
 
 def adamw(model: nn.Module, lr: float, steps: int) -> tuple[torch.optim.AdamW, LambdaLR]:
-    """AdamW, weight decay on matrices only; the rate warms up over 5 % of the steps, then falls as a cosine to 10 %."""
+    """AdamW, weight decay on matrices only; its rate rises for 5 % of the steps (at least 20), then falls to 10 %."""
     matrices = [p for p in model.parameters() if p.dim() >= 2]
     vectors = [p for p in model.parameters() if p.dim() < 2]
     groups = [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), fused=True)
-    warm_up = max(1, steps // 20)
+    warm_up = max(20, steps // 20)
 
     def rate(step: int) -> float:
         if step < warm_up:
@@ -262,25 +263,26 @@ def draw(path: Path, runs: list[Run]) -> None:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(15, 8), layout="constrained")
+    figure.suptitle("loss in nats per character: lines for training, smoothed; dots for validation")
     by_flops, by_seconds, by_step, density, price, reactivations = figure.subplots(2, 3).flat
     for run in runs:
-        losses = smooth(run.loss)
-        steady = [run.seconds[0] - run.compile_seconds, *run.seconds[1:]]
-        clock = list(accumulate(steady))
-        for axes, x in ((by_flops, run.flops), (by_seconds, clock), (by_step, range(1, len(losses) + 1))):
+        losses, clock = smooth(run.loss), list(accumulate(run.seconds))
+        compiled = [seconds - run.compile_seconds for seconds in clock]
+        for axes, x in ((by_flops, run.flops), (by_seconds, compiled), (by_step, range(1, len(losses) + 1))):
             (line,) = axes.plot(x, losses, label=f"{run.name}, {run.shape.width} wide")
             axes.plot(x[-1], run.validation, "o", color=line.get_color())
         for axes, y in ((density, run.density), (price, run.price), (reactivations, run.reactivations)):
-            axes.plot(y, label=run.name)
+            axes.plot(y)
+    settled = max(smooth(run.loss)[len(run.loss) // 10] for run in runs)
     for axes, label in ((by_flops, "training FLOPs"), (by_seconds, "seconds, compiling apart"), (by_step, "step")):
-        axes.set(xlabel=label, ylabel="loss, nats per character (line: training, dot: validation)")
+        axes.set(xlabel=label, ylabel="loss", ylim=(None, settled))
     for axes, label in ((density, "density"), (price, "price"), (reactivations, "blocks reactivated")):
         axes.set(xlabel="step", ylabel=label)
     by_flops.legend()
     figure.savefig(path, dpi=110)
 
 
-def smooth(values: list[float], memory: float = 0.95) -> list[float]:
+def smooth(values: list[float], memory: float = 0.9) -> list[float]:
     """Exponential moving average, without bias toward the first value."""
 
     def decayed(series: list[float]) -> Iterable[float]:
@@ -296,7 +298,7 @@ def default_text() -> str:
     except ImportError:
         sources = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))
         return "".join(source.read_text(encoding="utf-8") for source in sources)[:1_000_000]
-    return "\n".join(topics[name] for name in sorted(topics))
+    return "\n".join(topics[name] for name in random.Random(0).sample(sorted(topics), len(topics)))
 
 
 def arguments() -> tuple[argparse.Namespace, str]:
