@@ -34,9 +34,9 @@ def load(name: str, source: str, flags: tuple[str, ...]) -> ctypes.CDLL:
 
     `name` begins its file name. Raises KernelBuildError when there is no compiler or it refuses the source.
     """
-    compiler = _compiler()
-    command = (*compiler, "-std=c++17", "-O3", "-fPIC", "-shared", "-fopenmp", *_openmp(), *flags)
-    key = hashlib.sha256("\0".join((*command, _version(compiler), source)).encode()).hexdigest()[:16]
+    program = compiler()
+    command = (*program, "-std=c++17", "-O3", "-fPIC", "-shared", "-fopenmp", *_openmp(), *flags)
+    key = hashlib.sha256("\0".join((*command, _version(program), source)).encode()).hexdigest()[:16]
     path = cache_folder() / f"{name}_{key}.so"
     if not _intact(path):
         path = _compile(path, source, command)
@@ -63,6 +63,20 @@ def cache_folder() -> Path:
     return _writable((Path(base) if base else Path.home() / ".cache") / "ctrlcompile")
 
 
+def compiler() -> tuple[str, ...]:
+    """The C++ compiler and its own arguments: `$CXX`, else the first of c++, g++ and clang++ on the PATH."""
+    chosen = os.environ.get("CXX")
+    for candidate in [shlex.split(chosen)] if chosen else [["c++"], ["g++"], ["clang++"]]:
+        program = shutil.which(candidate[0])
+        if program:
+            return (program, *candidate[1:])
+    raise KernelBuildError(
+        "no C++ compiler",
+        f"CXX={chosen} is no program on the PATH" if chosen else "none of c++, g++ and clang++ is on the PATH",
+        "Install one (on Debian and Ubuntu: apt install g++), or set CXX to one",
+    )
+
+
 @functools.cache
 def _writable(folder: Path) -> Path:
     try:
@@ -81,19 +95,6 @@ def _writable(folder: Path) -> Path:
 
 
 _temporary_folders: list[tempfile.TemporaryDirectory[str]] = []  # kept until the process ends, then removed
-
-
-def _compiler() -> tuple[str, ...]:
-    chosen = os.environ.get("CXX")
-    for candidate in [shlex.split(chosen)] if chosen else [["c++"], ["g++"], ["clang++"]]:
-        program = shutil.which(candidate[0])
-        if program:
-            return (program, *candidate[1:])
-    raise KernelBuildError(
-        "no C++ compiler",
-        f"CXX={chosen} is no program on the PATH" if chosen else "none of c++, g++ and clang++ is on the PATH",
-        "Install one (on Debian and Ubuntu: apt install g++), or set CXX to one",
-    )
 
 
 @functools.cache

@@ -8,7 +8,7 @@ SCALARS = {"torch.float32": "float", "torch.bfloat16": "bf16"}  # str(dtype) -> 
 def prelude(isa: Isa) -> str:
     """Types and primitives for vectors of `isa`, and of 8 lanes for what a wider vector leaves over."""
     narrow = min(isa.lanes, 8)
-    vectors = "\n".join(_vector(n) for n in sorted({isa.lanes, narrow}))
+    vectors = "\n".join(_vector(n) for n in sorted({isa.lanes, narrow, 4}))
     stages = "\n".join(_transpose_stage(narrow, distance) for distance in (4, 2, 1) if distance < narrow)
     return (
         _PRIMITIVES.replace("$VECTORS", vectors).replace("$NARROW", f"v{narrow}").replace("$TRANSPOSE_STAGES", stages)
@@ -47,6 +47,7 @@ _PRIMITIVES = """\
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 #include <omp.h>
 
 #if defined(__clang__)

@@ -16,13 +16,12 @@ from .isa import Isa, panels
 def source(isa: Isa, block: tuple[int, int], x_dtype: torch.dtype, weight_dtype: torch.dtype) -> str:
     """C++ for blocks of `block` (sides along the weight's rows and columns)."""
     strips = panels(block[1], isa)
-    calls = "\n".join(
-        f"  strip<v{s.lanes}, {s.vectors}, {s.rows}, {s.first}>"
-        f"(g, x + {s.first} * chunk + first * {s.width}, rows, sums);"
-        for s in strips
-    )
+    calls = "\n".join(f"  strip<v{s.lanes}, {s.vectors}, {s.first}>(g, x, rows, chunk, sums);" for s in strips)
+    group = min(strip.rows for strip in strips)
     copies = "\n".join(
-        f"    copy<{s.width}>(from + {s.first}, k - b * IN - {s.first}, to + {s.first} * chunk + m * {s.width});"
+        f"    for (int64_t m = first; m < last; ++m)\n"
+        f"      copy<{s.width}>(from + m * stride + {s.first}, k - b * IN - {s.first}, "
+        f"to + {s.first} * chunk + m * {s.width});"
         for s in strips
     )
     return (
@@ -34,38 +33,57 @@ def source(isa: Isa, block: tuple[int, int], x_dtype: torch.dtype, weight_dtype:
 typedef {cpp_vectors.SCALARS[str(x_dtype)]} x_t;
 typedef {cpp_vectors.SCALARS[str(weight_dtype)]} w_t;
 constexpr int OUT = {block[0]}, IN = {block[1]};
-constexpr int64_t RESIDENT = {_resident_rows(block)};  // rows whose two panels fit the first-level cache
+constexpr int GROUPS = {-(-block[0] // group)};  // of the block's rows, whose sums stay in registers
 """
         + _BODY.replace("$CALLS", calls).replace("$COPIES", copies)
     )
 
 
-def _resident_rows(block: tuple[int, int]) -> int:
-    return max(32, 32 * 1024 // (4 * (block[0] + block[1])) // 8 * 8)
-
-
 _BODY = """
 struct Entry { int32_t row, column, written; };  // a block to compute; written: active, else probed
+
+// Calls f(size, first row) for each group of the block's rows, with the size as a type; they differ by one at most.
+template <class F> INLINE void for_groups(F f) {
+  constexpr int SMALL = OUT / GROUPS, LARGER = OUT % GROUPS;
+  int at = 0;
+  for (int i = 0; i < LARGER; ++i, at += SMALL + 1) f(std::integral_constant<int, SMALL + 1>(), at);
+  for (int i = LARGER; i < GROUPS; ++i, at += SMALL) f(std::integral_constant<int, SMALL>(), at);
+}
 
 // ---- packing -------------------------------------------------------------------------------------------------------
 
 // WIDTH columns of one row as float32; zero from `size` on.
 template <int WIDTH> INLINE void copy(const x_t* from, int64_t size, float* to) {
+  typedef typename std::conditional<(WIDTH < Narrow::lanes), v4, Narrow>::type V;
   if (size >= WIDTH) {
-    UNROLL for (int i = 0; i < WIDTH; i += Narrow::lanes) store<Narrow>(to + i, load<Narrow>(from + i));
+    UNROLL for (int i = 0; i < WIDTH; i += V::lanes) {
+      const int at = std::min(i, WIDTH - V::lanes);  // the last vector overlaps the one before
+      store<V>(to + at, load<V>(from + at));
+    }
   } else {
     for (int i = 0; i < WIDTH; ++i) to[i] = i < size ? to_float(from[i]) : 0.0f;
   }
 }
 
-// Row `m` of a chunk of g [rows, n] to [block][row of the chunk][column], for the blocks that are used.
-void pack_g(const x_t* from, int64_t n, const char* used, int64_t m, int64_t chunk, float* to) {
-  for (int64_t b = 0; b * OUT < n; ++b)
-    if (used[b]) copy<OUT>(from + b * OUT, n - b * OUT, to + (b * chunk + m) * OUT);
+// Rows [first, last) of a chunk, for the blocks of columns that are used; `from` and `to` begin with the chunk. A few
+// rows at a time and block by block: reads then follow as many streams as there are rows, and writes are one.
+
+// g [rows, n] to [block][group of columns][row of the chunk][column of the group].
+void pack_g(const x_t* from, int64_t stride, int64_t n, const char* used, int64_t first, int64_t last, int64_t chunk,
+            float* to) {
+  for (int64_t b = 0; b * OUT < n; ++b, from += OUT, to += chunk * OUT) {
+    if (!used[b]) continue;
+    for_groups([&](auto size, int at) {
+      constexpr int SIZE = decltype(size)::value;
+      for (int64_t m = first; m < last; ++m)
+        copy<SIZE>(from + m * stride + at, n - b * OUT - at, to + at * chunk + m * SIZE);
+    });
+  }
 }
 
-// Row `m` of a chunk of x [rows, k] to [block][strip][row of the chunk][column], for the blocks that are used.
-void pack_x(const x_t* from, int64_t k, const char* used, int64_t m, int64_t chunk, float* to) {
+// x [rows, k] to [block][strip][row of the chunk][column].
+void pack_x(const x_t* from, int64_t stride, int64_t k, const char* used, int64_t first, int64_t last, int64_t chunk,
+            float* to) {
   for (int64_t b = 0; b * IN < k; ++b, from += IN, to += chunk * IN) {
     if (!used[b]) continue;
 $COPIES
@@ -82,7 +100,7 @@ __attribute__((noinline)) void kernel(const float* g, const float* x, int64_t ro
   UNROLL for (int i = 0; i < ROWS; ++i)
     UNROLL for (int v = 0; v < VECTORS; ++v) acc[i][v] = load<V>(sums + i * IN + v * V::lanes);
   // Twice, not more: instructions whose offsets fit a byte are fetched as fast as they execute.
-  UNROLL_TWICE for (int64_t m = 0; m < rows; ++m, g += OUT, x += WIDTH) {
+  UNROLL_TWICE for (int64_t m = 0; m < rows; ++m, g += ROWS, x += WIDTH) {
     typename V::f b[VECTORS];
     UNROLL for (int v = 0; v < VECTORS; ++v) b[v] = load<V>(x + v * V::lanes);
     UNROLL for (int i = 0; i < ROWS; ++i)
@@ -92,19 +110,17 @@ __attribute__((noinline)) void kernel(const float* g, const float* x, int64_t ro
     UNROLL for (int v = 0; v < VECTORS; ++v) store<V>(sums + i * IN + v * V::lanes, acc[i][v]);
 }
 
-// A strip of the block's columns, from column AT on, its rows in groups of nearly equal size.
-template <class V, int VECTORS, int ROWS, int AT>
-void strip(const float* g, const float* x, int64_t rows, float* sums) {
-  constexpr int GROUPS = (OUT + ROWS - 1) / ROWS, SMALL = OUT / GROUPS, LARGER = OUT % GROUPS;
-  int row = 0;
-  for (int i = 0; i < LARGER; ++i, row += SMALL + 1)
-    kernel<V, VECTORS, SMALL + (LARGER > 0)>(g + row, x, rows, sums + row * IN + AT);
-  for (int i = LARGER; i < GROUPS; ++i, row += SMALL) kernel<V, VECTORS, SMALL>(g + row, x, rows, sums + row * IN + AT);
+// A strip of the block's columns, from column AT on.
+template <class V, int VECTORS, int AT>
+void strip(const float* g, const float* x, int64_t rows, int64_t chunk, float* sums) {
+  for_groups([&](auto size, int at) {
+    constexpr int SIZE = decltype(size)::value;
+    kernel<V, VECTORS, SIZE>(g + at * chunk, x + AT * chunk, rows, sums + at * IN + AT);
+  });
 }
 
-// Adds `rows` rows of the chunk, from `first` on, to the block's sums.
-void product(const float* g, const float* x, int64_t first, int64_t rows, int64_t chunk, float* sums) {
-  g += first * OUT;
+// Adds the product of two panels of `rows` rows to the block's sums.
+void product(const float* g, const float* x, int64_t rows, int64_t chunk, float* sums) {
 $CALLS
 }
 
@@ -214,10 +230,11 @@ extern "C" void run(const x_t* g, int64_t g_stride, const x_t* x, int64_t x_stri
 
     for (int64_t q = 0; q < p.chunks; ++q) {
       const int64_t first = part(rows, p.chunks, q), last = part(rows, p.chunks, q + 1), size = last - first;
-#pragma omp for schedule(dynamic, 16)
-      for (int64_t m = 0; m < size; ++m) {
-        pack_g(g + (first + m) * g_stride, n, used_rows, m, p.chunk, packed_g);
-        pack_x(x + (first + m) * x_stride, k, used_columns, m, p.chunk, packed_x);
+#pragma omp for schedule(dynamic, 1)
+      for (int64_t m = 0; m < size; m += 8) {
+        const int64_t end = std::min(m + 8, size);
+        pack_g(g + first * g_stride, g_stride, n, used_rows, m, end, p.chunk, packed_g);
+        pack_x(x + first * x_stride, x_stride, k, used_columns, m, end, p.chunk, packed_x);
       }
 #pragma omp for schedule(dynamic, 2)
       for (int64_t i = 0; i < count; ++i) {
@@ -229,7 +246,7 @@ extern "C" void run(const x_t* g, int64_t g_stride, const x_t* x, int64_t x_stri
           std::memcpy(sums, kept + i * OUT * IN, sizeof sums);
         const float* gp = packed_g + e.row * p.chunk * OUT;
         const float* xp = packed_x + e.column * p.chunk * IN;
-        for (int64_t m = 0; m < size; m += RESIDENT) product(gp, xp, m, std::min(RESIDENT, size - m), p.chunk, sums);
+        product(gp, xp, size, p.chunk, sums);
         const int64_t at = (int64_t)e.row * p.width + e.column;
         if (q + 1 < p.chunks)
           std::memcpy(kept + i * OUT * IN, sums, sizeof sums);

@@ -24,7 +24,7 @@ from .index_lists import BlockLists
 Block = tuple[int, int]
 
 _DTYPES = ((torch.float32, torch.float32), (torch.bfloat16, torch.bfloat16), (torch.bfloat16, torch.float32))
-_PACKED_BYTES = 8 << 20  # of one chunk's panels in the weight gradient: with their reuse, what a last-level cache holds
+_PACKED_BYTES = 4 << 20  # of one chunk's panels in the weight gradient, to be read from the last-level cache
 
 
 def supported(x_dtype: torch.dtype, weight_dtype: torch.dtype, block: Block) -> str | None:
@@ -72,7 +72,7 @@ def wgrad(
     weight = _unit_stride(weight)
     grad_weight = torch.empty(n, k, dtype=weight.dtype)
     signals = torch.empty(2, *lists.grid)
-    chunk = max(128, _PACKED_BYTES // (4 * (n + k)))
+    chunk = max(128, min(_PACKED_BYTES // (4 * (n + k)), 512))  # so that a strip's panels stay in the nearer caches
     scratch = _scratch(library.scratch_bytes(rows, n, k, probes.numel(), chunk))
     library.run(
         grad_z.data_ptr(), grad_z.stride(0), x.data_ptr(), x.stride(0), weight.data_ptr(), weight.stride(0),

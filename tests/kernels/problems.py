@@ -1,0 +1,98 @@
+"""Random problems for the kernels, and what error they may make."""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ctrlcompile.kernels import cpu_linear, index_lists, reference
+
+FLOAT = (torch.float32, torch.float32)
+HALF = (torch.bfloat16, torch.bfloat16)
+AUTOCAST = (torch.bfloat16, torch.float32)
+
+
+@dataclass
+class Problem:
+    """One call of each role: M x K inputs, an N x K weight in blocks, a mask, a few probed blocks."""
+
+    x: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    grad_z: Tensor
+    mask: Tensor
+    probes: Tensor
+    block: tuple[int, int]
+
+    @staticmethod
+    def random(
+        m: int, k: int, n: int, block: tuple[int, int], density: float, dtypes: tuple[torch.dtype, torch.dtype]
+    ) -> "Problem":
+        grid = index_lists.grid_shape((n, k), block)
+        mask = torch.rand(grid) < density
+        inactive = (~mask).flatten().nonzero().flatten()
+        probed = inactive[torch.randperm(inactive.numel())[:3]].int()
+        return Problem(
+            x=torch.randn(m, k).to(dtypes[0]),
+            weight=(torch.randn(n, k) / k**0.5).to(dtypes[1]),
+            bias=torch.randn(n).to(dtypes[1]),
+            grad_z=torch.randn(m, n).to(dtypes[0]),
+            mask=mask,
+            probes=torch.cat([probed, torch.tensor([-1], dtype=torch.int32)]),
+            block=block,
+        )
+
+    def check_forward(self, activation: str) -> None:
+        lists = index_lists.build(self.mask)
+        y, z = cpu_linear.forward(self.x, self.weight, self.bias, lists, self.block, activation)
+        bias = None if self.bias is None else self.bias.double()
+        exact = reference.linear(self.x.double(), self.weight.double(), bias, self.mask, self.block, activation)
+        dense_bias = None if self.bias is None else self.bias.to(self.x.dtype)
+        dense_z = F.linear(self.x, self._masked_weight(), dense_bias)
+        assert y.dtype == self.x.dtype
+        within_budget(y, reference.activate(dense_z, activation), exact[0])
+        if activation.startswith("gelu"):
+            within_budget(z, dense_z, exact[1])
+        else:
+            assert z.numel() == 0
+
+    def check_dgrad(self) -> None:
+        grad_x = cpu_linear.dgrad(self.grad_z, self.weight, index_lists.build(self.mask), self.block)
+        exact = reference.linear_dgrad(self.grad_z.double(), self.weight.double(), self.mask, self.block)
+        assert grad_x.dtype == self.x.dtype
+        within_budget(grad_x, self.grad_z @ self._masked_weight(), exact)
+
+    def check_wgrad(self) -> None:
+        lists = index_lists.build(self.mask)
+        grad_weight, signals = cpu_linear.wgrad(self.grad_z, self.x, self.weight, lists, self.probes, self.block)
+        given = (self.grad_z, self.x, self.weight)
+        rest = (self.mask, self.probes, self.block)
+        exact, exact_signals = reference.linear_wgrad(*(tensor.double() for tensor in given), *rest)
+        entries = index_lists.expand(self.mask, self.block, (self.weight.shape[0], self.weight.shape[1]))
+        dense = torch.where(entries, self.grad_z.t() @ self.x, 0)
+        assert grad_weight.dtype == self.weight.dtype
+        assert not grad_weight[~entries].any()
+        within_budget(grad_weight, dense, exact)
+        within_budget(signals, reference.linear_wgrad(*(tensor.float() for tensor in given), *rest)[1], exact_signals)
+
+    def _masked_weight(self) -> Tensor:
+        shape = (self.weight.shape[0], self.weight.shape[1])
+        entries = index_lists.expand(self.mask, self.block, shape)
+        return torch.where(entries, self.weight, 0).to(self.x.dtype)
+
+
+def within_budget(ours: Tensor, dense: Tensor, exact: Tensor) -> None:
+    """Error against float64 at most 10 times (float32) or 1.1 times (bfloat16) that of the framework's dense operator.
+
+    Errors of a few units in the last place of float32, at the size of the result, are not told apart: the dense result
+    of a small product may be exact by luck.
+    """
+    assert ours.shape == exact.shape
+    if not exact.numel():
+        return
+    factor = 1.1 if ours.dtype == torch.bfloat16 else 10
+    units = 4 * torch.finfo(torch.float32).eps * exact.abs().max().item()
+    ours_error, dense_error = (ours.double() - exact).abs(), (dense.double() - exact).abs()
+    for measure in (lambda error: error.square().mean().sqrt().item(), lambda error: error.max().item()):
+        assert measure(ours_error) <= factor * measure(dense_error) + units

@@ -1,0 +1,205 @@
+"""The generated CPU kernels compute what the reference says, as accurately as dense operators do."""
+
+import dataclasses
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from ctrlcompile.kernels import cpu_linear, index_lists, isa, reference
+
+from .problems import AUTOCAST, FLOAT, HALF, Problem
+
+BLOCKS = [(8, 8), (8, 128), (24, 40), (32, 32), (64, 16), (64, 64), (120, 8)]
+SIZES = st.integers(1, 150)
+PROPERTY = settings(
+    deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture], print_blob=True
+)
+
+# The wide kernels run here on a CPU without wide registers: the same text, compiled for the registers there are.
+TARGETS = {
+    "native": isa.current(),
+    "portable": isa.PORTABLE,
+    "avx512 shapes": dataclasses.replace(isa.AVX512, flags=isa.current().flags),
+}
+
+
+@given(
+    m=st.integers(0, 80),
+    k=SIZES,
+    n=SIZES,
+    block=st.sampled_from(BLOCKS),
+    density=st.sampled_from([0.0, 0.1, 0.5, 0.9, 1.0]),
+    activation=st.sampled_from(["none", "gelu"]),
+    bias=st.booleans(),
+    seed=st.integers(0, 2**31),
+)
+@PROPERTY
+def test_every_role_is_as_accurate_as_dense_in_float32(m, k, n, block, density, activation, bias, seed):
+    torch.manual_seed(seed)
+    problem = Problem.random(m, k, n, block, density, FLOAT)
+    if not bias:
+        problem.bias = None
+    problem.check_forward(activation)
+    problem.check_dgrad()
+    problem.check_wgrad()
+
+
+@given(
+    m=st.integers(1, 40),
+    k=SIZES,
+    n=SIZES,
+    dtypes=st.sampled_from([HALF, AUTOCAST]),
+    density=st.sampled_from([0.1, 0.5, 1.0]),
+    seed=st.integers(0, 2**31),
+)
+@PROPERTY
+def test_every_role_is_as_accurate_as_dense_in_bfloat16(m, k, n, dtypes, density, seed):
+    torch.manual_seed(seed)
+    problem = Problem.random(m, k, n, (32, 16), density, dtypes)
+    problem.check_forward("gelu")
+    problem.check_dgrad()
+    problem.check_wgrad()
+
+
+@pytest.mark.parametrize("activation", reference.ACTIVATIONS)
+def test_every_activation_is_as_accurate_as_dense(activation):
+    problem = Problem.random(300, 70, 90, (32, 32), 0.5, FLOAT)
+    problem.x *= 4  # where the activations bend, and well beyond
+    problem.check_forward(activation)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize(("block", "dtypes"), [((32, 32), FLOAT), ((24, 96), FLOAT), ((64, 40), HALF)])
+def test_every_instruction_set_computes_the_same(target, block, dtypes, monkeypatch):
+    monkeypatch.setattr(isa, "current", lambda: TARGETS[target])
+    problem = Problem.random(61, 210, 150, block, 0.5, dtypes)
+    problem.check_forward("gelu")
+    problem.check_dgrad()
+    problem.check_wgrad()
+
+
+@pytest.mark.parametrize("threads", [1, 2, 5])
+@pytest.mark.parametrize(("m", "k", "n"), [(1200, 96, 160), (700, 1000, 96), (1, 300, 300)])
+def test_many_rows_are_shared_out_completely(threads, m, k, n):
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        problem = Problem.random(m, k, n, (32, 32), 0.4, FLOAT)
+        problem.check_forward("gelu")
+        problem.check_dgrad()
+        problem.check_wgrad()
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_sums_are_kept_between_chunks_of_rows(monkeypatch):
+    monkeypatch.setattr(cpu_linear, "_PACKED_BYTES", 0)  # the smallest chunks
+    for dtypes in (FLOAT, HALF):
+        Problem.random(500, 70, 100, (32, 32), 0.5, dtypes).check_wgrad()
+
+
+@pytest.mark.parametrize("mask", ["empty row", "empty column", "all masked"])
+def test_where_nothing_is_active_the_result_is_that_of_a_zero_weight(mask):
+    problem = Problem.random(30, 100, 100, (32, 32), 1.0, FLOAT)
+    if mask == "empty row":
+        problem.mask[2] = False
+    elif mask == "empty column":
+        problem.mask[:, 3] = False
+    else:
+        problem.mask[:] = False
+    problem.check_forward("gelu")
+    problem.check_dgrad()
+    problem.check_wgrad()
+
+
+def test_rows_may_lie_apart():
+    problem = Problem.random(50, 64, 64, (32, 32), 0.5, FLOAT)
+    wide_x, wide_grad = torch.randn(50, 100), torch.randn(50, 99)
+    problem.x, problem.grad_z = wide_x[:, 7:71], wide_grad[:, 1:65]
+    problem.check_forward("none")
+    problem.check_dgrad()
+    problem.check_wgrad()
+
+
+def test_a_weight_may_be_a_transposed_view():
+    problem = Problem.random(20, 64, 96, (32, 32), 0.5, FLOAT)
+    problem.weight = torch.randn(64, 96).t()
+    problem.check_forward("none")
+    problem.check_dgrad()
+    problem.check_wgrad()
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("nan")])
+def test_a_masked_block_meets_neither_its_weight_nor_its_input(value):
+    problem = Problem.random(40, 96, 96, (32, 32), 1.0, FLOAT)
+    problem.mask[:, 1] = False
+    problem.mask[2, :] = False
+    problem.weight[:, 32:64] = value
+    problem.weight[64:] = value
+    problem.x[:, 32:64] = value
+    problem.grad_z[:, 64:] = value
+    problem.probes[:] = -1
+    lists = index_lists.build(problem.mask)
+    y, _ = cpu_linear.forward(problem.x, problem.weight, problem.bias, lists, problem.block, "none")
+    grad_x = cpu_linear.dgrad(problem.grad_z, problem.weight, lists, problem.block)
+    grad_weight, signals = cpu_linear.wgrad(
+        problem.grad_z, problem.x, problem.weight, lists, problem.probes, problem.block
+    )
+    for result in (y, grad_x, grad_weight, signals):
+        assert result.isfinite().all()
+    assert torch.equal(y[:, 64:], problem.bias[64:].expand(40, 32))
+
+
+@pytest.mark.parametrize("value", [float("inf"), -float("inf"), float("nan")])
+@pytest.mark.parametrize("dtypes", [FLOAT, HALF])
+def test_an_active_block_passes_infinities_and_nans_on_as_dense_does(value, dtypes):
+    problem = Problem.random(20, 70, 70, (32, 32), 1.0, dtypes)
+    problem.x[3, 69] = value
+    problem.grad_z[5, 1] = value
+    lists = index_lists.build(problem.mask)
+    y, z = cpu_linear.forward(problem.x, problem.weight, None, lists, problem.block, "gelu")
+    grad_x = cpu_linear.dgrad(problem.grad_z, problem.weight, lists, problem.block)
+    grad_weight, _ = cpu_linear.wgrad(problem.grad_z, problem.x, problem.weight, lists, problem.probes, problem.block)
+    dense_z = problem.x @ problem.weight.t()
+    dense_results = (
+        torch.nn.functional.gelu(dense_z),
+        dense_z,
+        problem.grad_z @ problem.weight,
+        problem.grad_z.t() @ problem.x,
+    )
+    for ours, dense in zip((y, z, grad_x, grad_weight), dense_results, strict=True):
+        assert torch.equal(ours.isnan(), dense.isnan())
+        assert torch.equal(ours.isposinf(), dense.isposinf())
+        assert torch.equal(ours.isneginf(), dense.isneginf())
+
+
+def test_probes_are_measured_and_not_written():
+    problem = Problem.random(64, 160, 160, (32, 32), 0.0, FLOAT)
+    problem.probes = torch.tensor([7, -1, 24], dtype=torch.int32)
+    lists = index_lists.build(problem.mask)
+    grad_weight, signals = cpu_linear.wgrad(
+        problem.grad_z, problem.x, problem.weight, lists, problem.probes, problem.block
+    )
+    assert not grad_weight.any()
+    assert signals[1].flatten().nonzero().flatten().tolist() == [7, 24]
+    assert not signals[0].any()
+
+
+@pytest.mark.parametrize(
+    ("dtypes", "block", "reason"),
+    [
+        (FLOAT, (32, 32), None),
+        (HALF, (8, 128), None),
+        (AUTOCAST, (64, 64), None),
+        ((torch.float64, torch.float64), (32, 32), "float64"),
+        ((torch.float32, torch.bfloat16), (32, 32), "bfloat16"),
+        (FLOAT, (12, 32), "12x32"),
+        (FLOAT, (32, 136), "32x136"),
+        (FLOAT, (0, 32), "0x32"),
+    ],
+)
+def test_what_is_not_supported_is_said(dtypes, block, reason):
+    answer = cpu_linear.supported(*dtypes, block)
+    assert answer is None if reason is None else reason in answer

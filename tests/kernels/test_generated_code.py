@@ -1,0 +1,74 @@
+"""The generated C++ becomes the machine code that it is meant to become, for CPUs that are not at hand as well."""
+
+import re
+import subprocess
+
+import pytest
+import torch
+
+from ctrlcompile.kernels import build, cpp_rows, cpp_wgrad, isa
+
+BLOCKS = [(32, 32), (64, 64), (96, 48)]
+
+
+def assembly(source: str, target: isa.Isa) -> str:
+    command = [*build.compiler(), "-std=c++17", "-O3", "-fopenmp", *target.flags, "-S", "-x", "c++", "-", "-o", "-"]
+    result = subprocess.run(command, input=source, capture_output=True, text=True)
+    if result.returncode and "unrecognized" in result.stderr:
+        pytest.skip(f"this compiler does not know {target.name}")
+    assert not result.returncode, result.stderr
+    return result.stdout
+
+
+def inner_loops(text: str) -> list[list[str]]:
+    """Of each instance of the inner kernel, the loop with the most multiply-adds: the one that runs longest."""
+    loops = []
+    for function in re.findall(r"^\w*6kernelI\w+:$(.*?)\.cfi_endproc", text, re.MULTILINE | re.DOTALL):
+        pieces = re.split(r"^\.L\w+:$", function, flags=re.MULTILINE)
+        bodies = [re.split(r"^\tj\w+\t.*$", piece, maxsplit=1, flags=re.MULTILINE)[0] for piece in pieces]
+        body = max(bodies, key=lambda body: body.count("vfmadd"))
+        loops.append([line.strip() for line in body.splitlines() if line.startswith("\t") and line[1] != "."])
+    return loops
+
+
+@pytest.mark.parametrize("target", [isa.AVX512, isa.AVX2], ids=lambda target: target.name)
+@pytest.mark.parametrize("block", BLOCKS)
+@pytest.mark.parametrize("role", ["forward", "wgrad"])
+def test_the_inner_loop_is_multiply_adds_loads_and_nothing_on_the_stack(target, block, role):
+    types = (torch.float32, torch.float32)
+    if role == "forward":
+        text = assembly(cpp_rows.source(target, *block, True, *types, "none"), target)
+    else:
+        text = assembly(cpp_wgrad.source(target, block, *types), target)
+    register = {16: "zmm", 8: "ymm"}[target.lanes]
+    strips = isa.panels(block[0] if role == "forward" else block[1], target)
+    loops = inner_loops(text)
+    assert loops
+    whole = 0
+    for loop in loops:
+        adds = [line for line in loop if line.startswith("vfmadd")]
+        assert all(register in line for line in adds)
+        assert not [line for line in loop if "rsp" in line or "rbp" in line]
+        # Twice unrolled: a strip's sums, once for each step, and little beside them.
+        whole += any(len(adds) == 2 * strip.rows * strip.vectors for strip in strips)
+        assert len(loop) < 2.2 * len(adds) + 8
+    assert whole or role == "wgrad"  # the weight gradient's groups of rows divide the block
+
+
+@pytest.mark.parametrize("target", isa.ALL.values(), ids=lambda target: target.name)
+@pytest.mark.parametrize("width", range(8, 129, 8))
+def test_strips_cover_a_block_within_the_registers(target, width):
+    strips = isa.panels(width, target)
+    assert [strip.first for strip in strips] == [sum(before.width for before in strips[:i]) for i in range(len(strips))]
+    assert sum(strip.width for strip in strips) == width
+    for strip in strips:
+        assert strip.rows * strip.vectors + strip.vectors + 1 <= target.registers
+
+
+def test_the_instruction_set_is_the_one_that_is_asked_for(monkeypatch):
+    for name, target in isa.ALL.items():
+        monkeypatch.setenv("CTRLCOMPILE_ISA", name)
+        assert isa.current() is target
+    monkeypatch.setenv("CTRLCOMPILE_ISA", "sse9")
+    with pytest.raises(ValueError, match=r"sse9.*avx512, avx2, portable"):
+        isa.current()
