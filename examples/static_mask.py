@@ -10,14 +10,28 @@ ends with a picture of the band (`█` active, `▒` half, one character per 2 x
                           ▒████████▒
     █▒                      ▒███████
     ███▒                      ▒█████
-    Gate('0.weight', shape=(1024, 256), block=(32, 32), 128 of 32 x 8 blocks active, density=0.500)
-    Gate('2.weight', shape=(1024, 1024), block=(32, 32), 288 of 32 x 32 blocks active, density=0.281)
+    Gate('fc1.weight', shape=(1024, 256), block=(32, 32), 128 of 32 x 8 blocks active, density=0.500)
+    Gate('fc2.weight', shape=(1024, 1024), block=(32, 32), 288 of 32 x 32 blocks active, density=0.281)
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 import ctrlcompile as cc
+
+
+class MLP(nn.Module):
+    """256 inputs to 1 output through two hidden layers of 1024."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(256, 1024)
+        self.fc2 = nn.Linear(1024, 1024)
+        self.out = nn.Linear(1024, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(F.gelu(self.fc2(F.gelu(self.fc1(x)))))
 
 
 def band(rows: int, columns: int, reach: int) -> Tensor:
@@ -36,25 +50,25 @@ def strongest(gate: cc.Gate, density: float) -> Tensor:
 def main() -> None:
     torch.manual_seed(0)
     teacher = torch.randn(256, 8) / 16
-    model = nn.Sequential(nn.Linear(256, 1024), nn.GELU(), nn.Linear(1024, 1024), nn.GELU(), nn.Linear(1024, 1))
-    gates = cc.gates(model, block=32, exclude=["4.*"])
-    gates["2.weight"].update_(band(*gates["2.weight"].grid, reach=4))
+    model = MLP()
+    gates = cc.gates(model, block=32, exclude=["out.*"])
+    gates["fc2.weight"].update_(band(*gates["fc2.weight"].grid, reach=4))
 
     model.compile(backend="ctrlprune")
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     for step in range(201):
         x = torch.randn(512, 256)
-        loss = nn.functional.mse_loss(model(x), (x @ teacher).sin().sum(1, keepdim=True))
+        loss = F.mse_loss(model(x), (x @ teacher).sin().sum(1, keepdim=True))
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
         if step == 100:
-            gates["0.weight"].update_(strongest(gates["0.weight"], density=0.5))
+            gates["fc1.weight"].update_(strongest(gates["fc1.weight"], density=0.5))
         if step % 50 == 0:
             print(f"step {step:3d}  loss {loss.item():.3f}")
 
     print(cc.explain(model)(x))
-    print(gates["2.weight"].picture())
+    print(gates["fc2.weight"].picture())
     for gate in gates.values():
         print(gate)
 

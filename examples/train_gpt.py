@@ -3,6 +3,18 @@
 python examples/train_gpt.py                    # text that comes with Python; prunes to 0.4 of the dense FLOPs
 python examples/train_gpt.py --data FILE        # any text file
 python examples/train_gpt.py --compare          # also trains it dense, and a narrower dense one of equal FLOPs
+
+`make demo` compares on 3 layers, 128 characters of context and 120 steps, and ends in:
+
+     run        width  val. loss     FLOPs  of dense  seconds  compile  density
+     ───────────────────────────────────────────────────────────────────────────
+     ctrlprune    384     2.4004  1.66e+12     0.400     26.5     35.1     0.29
+     dense        384     2.4095  4.16e+12     1.000     42.4     14.9     1.00
+     narrow       240     2.4189  1.68e+12     0.405     21.3     21.1     1.00
+
+       validation loss in nats per character, standard error 0.024; seconds of
+                              training, compiling apart
+    log: out/train_gpt.json; picture: out/train_gpt.png
 """
 
 from __future__ import annotations
