@@ -1,10 +1,9 @@
 """C++ for the weight gradient: for each listed block, a product over all rows of x and of the output's gradient.
 
 The plan of one call: rows are taken in chunks that fit the caches; a chunk of both inputs is packed by columns of
-blocks, [block][row][column of the block]; then every listed block multiplies its two panels. A block's sums stay in
-the first-level cache for a chunk, and in a scratch buffer between chunks, in float32. The last chunk rounds and writes
-them, together with the block's two signals. Probed blocks take the same way without being written; all other blocks are
-written zero.
+blocks; then every listed block multiplies its two panels. Its sums are kept in float32 from chunk to chunk, in a buffer
+of their own; the last chunk rounds and writes them, together with the block's two signals. Probed blocks take the same
+way without being written; all other blocks are written zero.
 """
 
 import torch
@@ -178,7 +177,7 @@ void clear_row(const int32_t* list, int length, int64_t r, int64_t columns, w_t*
 
 struct Plan {
   int64_t height, width, blocks, chunks, chunk, g_floats, x_floats, kept_floats;
-  Plan(int64_t rows, int64_t n, int64_t k, int64_t chunk_rows) {
+  Plan(int64_t rows, int64_t n, int64_t k, int64_t probes, int64_t chunk_rows) {
     height = (n + OUT - 1) / OUT;
     width = (k + IN - 1) / IN;
     blocks = height * width;
@@ -186,7 +185,7 @@ struct Plan {
     chunk = (rows + chunks - 1) / chunks;
     g_floats = height * OUT * chunk;
     x_floats = width * IN * chunk;
-    kept_floats = chunks > 1 ? blocks * OUT * IN : 0;
+    kept_floats = chunks > 1 ? (blocks + probes) * OUT * IN : 0;
   }
 };
 
@@ -194,7 +193,7 @@ struct Plan {
 
 // Bytes of scratch that run() needs.
 extern "C" int64_t scratch_bytes(int64_t rows, int64_t n, int64_t k, int64_t probes, int64_t chunk_rows) {
-  const Plan p(rows, n, k, chunk_rows);
+  const Plan p(rows, n, k, probes, chunk_rows);
   const int64_t floats = p.g_floats + p.x_floats + p.kept_floats;
   return 4 * floats + (p.blocks + probes) * (int64_t)sizeof(Entry) + p.height + p.width;
 }
@@ -204,7 +203,7 @@ extern "C" void run(const x_t* g, int64_t g_stride, const x_t* x, int64_t x_stri
                     int64_t weight_stride, const int32_t* offsets, const int32_t* indices, const int32_t* probes,
                     int64_t probe_count, w_t* gradient, float* signals, int64_t rows, int64_t n, int64_t k,
                     int64_t chunk_rows, int threads, float* scratch) {
-  const Plan p(rows, n, k, chunk_rows);
+  const Plan p(rows, n, k, probe_count, chunk_rows);
   float* const packed_g = scratch;
   float* const packed_x = packed_g + p.g_floats;
   float* const kept = packed_x + p.x_floats;
@@ -239,18 +238,14 @@ extern "C" void run(const x_t* g, int64_t g_stride, const x_t* x, int64_t x_stri
 #pragma omp for schedule(dynamic, 2)
       for (int64_t i = 0; i < count; ++i) {
         const Entry e = entries[i];
-        alignas(64) float sums[OUT * IN];
-        if (q == 0)
-          std::memset(sums, 0, sizeof sums);
-        else
-          std::memcpy(sums, kept + i * OUT * IN, sizeof sums);
+        alignas(64) float local[OUT * IN];
+        float* const sums = p.chunks > 1 ? kept + i * OUT * IN : local;
+        if (q == 0) std::memset(sums, 0, sizeof local);
         const float* gp = packed_g + e.row * p.chunk * OUT;
         const float* xp = packed_x + e.column * p.chunk * IN;
         product(gp, xp, size, p.chunk, sums);
         const int64_t at = (int64_t)e.row * p.width + e.column;
-        if (q + 1 < p.chunks)
-          std::memcpy(kept + i * OUT * IN, sums, sizeof sums);
-        else
+        if (q + 1 == p.chunks)
           finish(e, sums, weight, weight_stride, gradient, n, k, signals + at, signals + p.blocks + at);
       }
     }
