@@ -20,6 +20,7 @@ On two cores of an AMD EPYC (Zen 3, AVX2), shared with others, `--no-autotune --
 
 import argparse
 import ctypes
+import functools
 import json
 import os
 import platform
@@ -112,14 +113,14 @@ def compare(
     rows = []
     for role in ROLES:
         calls: dict[object, Callable[[], object]] = {
-            way: (lambda f=function: f(x, g, w)) for way, function in dense[role].items()
+            way: functools.partial(function, x, g, w) for way, function in dense[role].items()
         }
-        calls |= {density: (lambda d=density, call=ours[role]: call(d)) for density in DENSITIES}
+        calls |= {density: functools.partial(ours[role], density) for density in DENSITIES}
         if bsr and role == "forward":
             for density in DENSITIES:
                 entries = index_lists.expand(masks[density], sides, (n, k))
                 sparse = torch.where(entries, w, 0).to_sparse_bsr(sides)
-                calls["bsr", density] = lambda s=sparse: F.linear(x, s)
+                calls["bsr", density] = functools.partial(F.linear, x, sparse)
         times = alternate(calls, rounds)
         way = min(dense[role], key=lambda name: times[name])
         for density in DENSITIES:
@@ -158,8 +159,8 @@ def show(rows: list[Row], peak: float) -> None:
         table.add_column(heading, justify="left" if heading in ("M, K, N", "role") else "right")
     lines: dict[tuple[object, ...], list[Row]] = {}
     for row in rows:
-        key = (f"{row['M']}, {row['K']}, {row['N']}", row["block"], row["dtype"], row["role"])
-        lines.setdefault(key, []).append(row)
+        line = (f"{row['M']}, {row['K']}, {row['N']}", row["block"], row["dtype"], row["role"])
+        lines.setdefault(line, []).append(row)
     for key, cells in lines.items():
         first = cells[0]
         dense = 2e3 * first["M"] * first["K"] * first["N"] / first["dense_ms"] / peak

@@ -38,13 +38,16 @@ def _lower(
     gm: fx.GraphModule, example_inputs: Sequence[Any], static: bool, *, patches: dict[str, Any], strict: bool
 ) -> Callable[..., Any]:
     try:
-        return compile_fx(copy_graph(gm), list(example_inputs), config_patches=patches or None, ignore_shape_env=static)
+        compiled: Any = compile_fx(
+            copy_graph(gm), list(example_inputs), config_patches=patches or None, ignore_shape_env=static
+        )
     except (*COMPILER_TROUBLE, InductorError) as error:
         cause = getattr(error, "inner_exception", error)
         if strict or not isinstance(cause, COMPILER_TROUBLE):
             raise
         _warn_eager(str(cause).strip().splitlines()[0])
         return gm.forward
+    return compiled
 
 
 @functools.cache

@@ -8,7 +8,7 @@ symbols of dynamic shapes stay symbols (sympy) and are bound at each call.
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeAlias
 
 import sympy
 import torch
@@ -19,7 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 from ctrlcompile.controller.contract import StepCost
 from ctrlcompile.gate import Gate
 
-Expression = int | sympy.Expr
+Expression: TypeAlias = int | sympy.Expr
 
 
 def _attention(q: Any, k: Any, v: Any, *_: Any, **__: Any) -> int:

@@ -56,13 +56,15 @@ def find_linears(
             outer = scope.outer(argument(node, 1, "weight"))
             parameter = example_inputs[position[outer]] if outer in position else None
             dtype = node.meta["example_value"].dtype
-            index, name, reason = None, _name_by_module(node), COMPUTED
+            index: int | None = None
+            name = _name_by_module(node)
+            reason: str | None = COMPUTED
             if outer is not None and isinstance(parameter, torch.nn.Parameter):
                 if outer not in index_of:
-                    name = _parameter_name(outer)
-                    reason = _why_dense(outer, parameter, name, dtype, options, everywhere)
+                    weight = _parameter_name(outer)
+                    why = _why_dense(outer, parameter, weight, dtype, options, everywhere)
                     index_of[outer] = len(weights)
-                    weights.append(Weight(position[outer], name, reason))
+                    weights.append(Weight(position[outer], weight, why))
                 index = index_of[outer]
                 name, reason = weights[index].name, weights[index].reason
             path = f"{scope.prefix}{node.name}"

@@ -129,7 +129,8 @@ def watch() -> Iterator[list[Visit]]:
     """Collects a `Visit` for each region called inside; such calls do not count towards a budget."""
     if _watcher.visits is not None:
         raise RuntimeError("explain is running already")
-    _watcher.visits = visits = []
+    visits: list[Visit] = []
+    _watcher.visits = visits
     try:
         yield visits
     finally:

@@ -22,8 +22,9 @@ def fuse_activation(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> fx.Gra
             continue
         item = argument(node, 0, "input")
         call = item.args[0] if isinstance(item, fx.Node) and item.args else None
-        gated = isinstance(call, fx.Node) and call.target is ops.linear.default and call.args[-1] == "none"
-        if gated and len(item.users) == 1:
+        if not isinstance(call, fx.Node) or call.target is not ops.linear.default or call.args[-1] != "none":
+            continue
+        if len(item.users) == 1:
             call.update_arg(len(call.args) - 1, activation)
             item.meta["example_value"] = node.meta["example_value"]
             node.replace_all_uses_with(item)

@@ -50,5 +50,5 @@ def _add_inputs(graph: fx.Graph, weight: fx.Node) -> list[fx.Node]:
     for name in GATE_INPUTS:
         with graph.inserting_after(graph.find_nodes(op="placeholder")[-1]):
             added.append(graph.placeholder(f"{weight.name}_{name}"))
-        added[-1]._dynamo_source = None  # type: ignore[attr-defined]
+        added[-1]._dynamo_source = None
     return added

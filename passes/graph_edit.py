@@ -65,11 +65,11 @@ def uses(placeholder: fx.Node, everywhere: list[Scope]) -> Iterator[tuple[fx.Nod
 def copy_graph(gm: fx.GraphModule) -> fx.GraphModule:
     """A copy of Dynamo's graph that AOTAutograd takes for Dynamo's own; editing the original would break its guards."""
     graph = fx.Graph()
-    output = graph.graph_copy(gm.graph, values := {})
-    graph.output(output)
+    values: dict[fx.Node, fx.Node] = {}
+    graph.output(graph.graph_copy(gm.graph, values))
     copied = fx.GraphModule(gm, graph)
     copied.meta = dict(gm.meta)
-    copied._param_name_to_source = gm._param_name_to_source  # type: ignore[assignment]
+    copied._param_name_to_source = gm._param_name_to_source
     for old, new in values.items():
         if old.op == "placeholder":
             new._dynamo_source = old._dynamo_source  # type: ignore[attr-defined]
