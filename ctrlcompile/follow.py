@@ -39,7 +39,11 @@ def adopt(gate: Gate, options: Options) -> None:
 
 
 def controller_of(optimizer: torch.optim.Optimizer) -> Controller | None:
-    """The controller that the one-line form runs from this optimizer; None before its first step."""
+    """The controller that the one-line form runs from this optimizer; None before its first step.
+
+    Its `state_dict()` belongs into a checkpoint. A run is resumed in the open, where the controller is there before the
+    first step: `Controller(model, budget=..., total_steps=..., optimizer=optimizer).load_state_dict(state)`.
+    """
     controllers = _driven.get(optimizer)
     return controllers[0] if controllers else None
 
