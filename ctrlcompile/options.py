@@ -29,7 +29,6 @@ class Options:
     block: Block = dataclasses.field(default_factory=lambda: resolve_block("auto"))
     exclude: tuple[str, ...] = ()
     strict: bool = False
-    block_was_given: bool = dataclasses.field(default=False, repr=False)
 
 
 def parse(options: Mapping[str, Any] | None) -> Options:
@@ -39,7 +38,7 @@ def parse(options: Mapping[str, Any] | None) -> Options:
     a value of the wrong type.
     """
     given = dict(options or {})
-    allowed = [field.name for field in dataclasses.fields(Options) if field.name != "block_was_given"]
+    allowed = [field.name for field in dataclasses.fields(Options)]
     unknown = sorted(set(given) - set(allowed))
     if unknown:
         raise ValueError(f"unknown option {', '.join(map(repr, unknown))} for backend 'ctrlprune'; it takes {allowed}")
@@ -63,7 +62,6 @@ def parse(options: Mapping[str, Any] | None) -> Options:
         block=resolve_block(block),
         exclude=tuple(exclude),
         strict=strict,
-        block_was_given=block != "auto",
     )
 
 
