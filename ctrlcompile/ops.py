@@ -51,10 +51,7 @@ def _linear(
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation is one of {ACTIVATIONS}; got {activation!r}")
     rows = _rows(x)
-    if _all_dense(rows, weight, lists):
-        z = torch.nn.functional.linear(rows, weight, bias)
-        y = reference.activate(z, activation)
-    elif (kernel := _kernel(x, weight, block, activation)) is not None:
+    if (kernel := _kernel(x, weight, block, activation)) is not None:
         y, z = kernel.forward(rows, weight, bias, lists, block, activation)
     else:
         y, z = reference.linear(rows, weight, bias, mask_of(lists), block, activation)
@@ -69,9 +66,7 @@ def _linear_dgrad(
     lists, block = BlockLists(crow_indices, col_indices, ccol_indices, row_indices), (block_out, block_in)
     _check(grad, weight.shape[0], weight, lists, block)
     rows = _rows(grad)
-    if _all_dense(rows, weight, lists):
-        grad_x = rows @ weight
-    elif (kernel := _kernel(grad, weight, block)) is not None:
+    if (kernel := _kernel(grad, weight, block)) is not None:
         grad_x = kernel.dgrad(rows, weight, lists, block)
     else:
         grad_x = reference.linear_dgrad(rows, weight, mask_of(lists), block)
@@ -90,13 +85,6 @@ def _linear_wgrad(
     if (kernel := _kernel(x, weight, block)) is not None:
         return kernel.wgrad(_rows(grad), _rows(x), weight, lists, probes, block)
     return reference.linear_wgrad(_rows(grad), _rows(x), weight, mask_of(lists), probes, block)
-
-
-def _all_dense(rows: Tensor, weight: Tensor, lists: BlockLists) -> bool:
-    # With every block there, the framework's own product costs what Inductor's costs. Not for half types, which it
-    # computes far slower than float32 on a CPU without instructions for them; nor where asking takes a wait.
-    float32 = rows.dtype == weight.dtype == torch.float32 and weight.device.type == "cpu"
-    return float32 and int(lists.crow_indices[-1]) == lists.col_indices.numel()
 
 
 def _check(x: Tensor, features: int, weight: Tensor, lists: BlockLists, block: tuple[int, int]) -> None:
