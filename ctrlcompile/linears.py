@@ -33,6 +33,7 @@ class LinearNode:
     node: str
     weight: int | None
     name: str
+    module: str
     source: str
     x_dtype: torch.dtype
     product: ProductCost
@@ -68,7 +69,8 @@ def find_linears(
                 index = index_of[outer]
                 name, reason = weights[index].name, weights[index].reason
             path = f"{scope.prefix}{node.name}"
-            linears.append(LinearNode(path, index, name, _source_line(node), dtype, _product(node), reason))
+            module, source = _module(node), _source_line(node)
+            linears.append(LinearNode(path, index, name, module, source, dtype, _product(node), reason))
     return weights, linears
 
 
@@ -105,9 +107,13 @@ def _parameter_name(node: fx.Node) -> str:
 
 
 def _name_by_module(node: fx.Node) -> str:
+    return f"{_module(node)}.weight" if node.meta.get("nn_module_stack") else node.name
+
+
+def _module(node: fx.Node) -> str:
     stack = node.meta.get("nn_module_stack") or {}
     paths = [path for path, _ in stack.values()]
-    return re.sub(r"^L\['\w+'\]\.?", "", paths[-1]) + ".weight" if paths else node.name
+    return re.sub(r"^L\['\w+'\]\.?", "", paths[-1]) if paths else ""
 
 
 def _source_line(node: fx.Node) -> str:

@@ -15,12 +15,12 @@ import torch
 from torch import Tensor, fx
 from torch._guards import TracingContext
 
-from ctrlcompile import cost, follow
+from ctrlcompile import cost, follow, ops
 from ctrlcompile.gate import Block, Gate, registry
 from ctrlcompile.linears import find_linears
 from ctrlcompile.options import Options
-from ctrlcompile.passes import passes_for, run
-from ctrlcompile.passes.graph_edit import copy_graph
+from ctrlcompile.passes import Change, passes_for, run
+from ctrlcompile.passes.graph_edit import copy_graph, scopes
 
 logger = logging.getLogger(__name__)
 
@@ -30,17 +30,24 @@ Division = tuple[Block | None, ...]  # the block of each weight of a region, Non
 
 @dataclass(frozen=True)
 class Variant:
-    """One lowering: the compiled graph, and which weights' gates it takes after Dynamo's arguments."""
+    """One lowering: the compiled graph, and which weights' gates it takes after Dynamo's arguments.
+
+    For people: what each pass changed, and the activation that a gated linear computes, by its node.
+    """
 
     run: Callable[..., Any]
     gated: tuple[int, ...]
+    changes: tuple[Change, ...]
+    activations: dict[str, str]
 
 
 @dataclass(frozen=True)
 class Visit:
-    """What `watch` sees of one call: the region, its weights' Parameters and gates, its FLOPs at these sizes."""
+    """What `watch` sees of one call: the region and the variant that ran, its weights' Parameters and gates, its FLOPs
+    at these sizes."""
 
     region: "Region"
+    variant: Variant
     parameters: tuple[Tensor, ...]
     gates: tuple[Gate | None, ...]
     cost: cost.BoundCost
@@ -63,7 +70,7 @@ class Region:
         variant = self._variants.get(_division(gates)) or self._late_variant(gates, args)
         if _watcher.visits is not None:
             parameters = tuple(args[weight.position] for weight in self.weights)
-            _watcher.visits.append(Visit(self, parameters, tuple(gates), self._bind(args)))
+            _watcher.visits.append(Visit(self, variant, parameters, tuple(gates), self._bind(args)))
         elif torch.is_grad_enabled() and cost.meter.listening:
             cost.meter.record(self._bind(args), self._gates_by_linear(gates))
         inputs: list[Tensor] = []
@@ -74,6 +81,8 @@ class Region:
         return variant.run(*args, *inputs)
 
     def _gates(self, args: Sequence[Any]) -> list[Gate | None]:
+        if not _watcher.gated:
+            return [None] * len(self.weights)
         gates = []
         for weight in self.weights:
             parameter = args[weight.position]
@@ -102,39 +111,45 @@ class Region:
             for linear, gate in zip(self.linears, self._gates_by_linear(gates), strict=True)
             if gate is not None
         }
-        gm = run(gm, args, passes_for(blocks))
+        gm, changes = run(gm, args, passes_for(blocks))
         by_position = {weight.position: index for index, weight in enumerate(self.weights)}
         gated = tuple(by_position[position] for position in gm.meta["gated_weights"])
         extra = [tensor for index in gated if (gate := gates[index]) is not None for tensor in _example(gate, late)]
-        return Variant(self._lower(gm, [*args, *extra], late), gated)
+        calls = [node for scope in scopes(gm) for node in scope.gm.graph.nodes if node.target is ops.linear.default]
+        activations = {node.meta["linear"]: node.args[-1] for node in calls}
+        return Variant(self._lower(gm, [*args, *extra], late), gated, changes, activations)
 
     def _late_variant(self, gates: Sequence[Gate | None], args: Sequence[Any]) -> Variant:
         key = (_division(gates), tuple(tuple(arg.shape) if isinstance(arg, Tensor) else arg for arg in args))
         variant = self._variants.get(key)
         if variant is None:
-            logger.info("another instance is gated otherwise than the graph was compiled for: lowering it again")
+            logger.info("gated otherwise than the graph was compiled for (another instance, say): lowering it again")
             variant = self._variants[key] = self._build(gates, args, late=True)
         return variant
 
 
 class _Watcher:
     visits: list[Visit] | None = None
+    gated = True
 
 
 _watcher = _Watcher()
 
 
 @contextlib.contextmanager
-def watch() -> Iterator[list[Visit]]:
-    """Collects a `Visit` for each region called inside; such calls do not count towards a budget."""
+def watch(*, gated: bool = True) -> Iterator[list[Visit]]:
+    """Collects a `Visit` for each region called inside; such calls do not count towards a budget.
+
+    gated: False leaves the gates out, so that every linear is Inductor's.
+    """
     if _watcher.visits is not None:
-        raise RuntimeError("explain is running already")
+        raise RuntimeError("explain or profile is running already")
     visits: list[Visit] = []
-    _watcher.visits = visits
+    _watcher.visits, _watcher.gated = visits, gated
     try:
         yield visits
     finally:
-        _watcher.visits = None
+        _watcher.visits, _watcher.gated = None, True
 
 
 def _example(gate: Gate, late: bool) -> list[Tensor]:

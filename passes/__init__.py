@@ -8,12 +8,16 @@ A pass is `(gm, example_inputs, *, keyword-only) -> gm`; its configuration is bo
 knows no pass by name.
 """
 
+import difflib
 import functools
 import logging
+import re
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from torch import fx
+from torch._logging import trace_structured
 
 from ctrlcompile.passes.fuse_activation import fuse_activation
 from ctrlcompile.passes.gate_linear import gate_linear
@@ -31,16 +35,67 @@ def passes_for(blocks: Mapping[str, tuple[int, int]]) -> list[Pass]:
     ]
 
 
-def run(gm: fx.GraphModule, example_inputs: Sequence[Any], passes: Sequence[Pass]) -> fx.GraphModule:
-    """Runs the passes in order; logs at INFO which ones there are and what each changed."""
+@dataclass(frozen=True)
+class Change:
+    """What one pass did to a graph.
+
+    Attributes:
+        name: of the pass.
+        before, after: the graph as Python, with shapes and source lines.
+    """
+
+    name: str
+    before: str
+    after: str
+
+    @property
+    def diff(self) -> str:
+        """From `before` to `after`, unified; empty where the pass changed nothing."""
+        before, after = self.before.splitlines(), self.after.splitlines()
+        return "\n".join(difflib.unified_diff(before, after, f"before {self.name}", f"after {self.name}", lineterm=""))
+
+
+def run(
+    gm: fx.GraphModule, example_inputs: Sequence[Any], passes: Sequence[Pass]
+) -> tuple[fx.GraphModule, tuple[Change, ...]]:
+    """Runs the passes in order; the graph that comes out, and what each of them changed.
+
+    Logs at INFO which passes there are and how many operators each removed and added, at DEBUG its diff; the graphs
+    and the diffs are artifacts in `TORCH_TRACE`.
+    """
+    changes = []
+    text = _text(gm)
+    _trace("0_before_passes", text)
     for number, graph_pass in enumerate(passes, 1):
         before = _operators(gm)
         gm = graph_pass(gm, example_inputs)
         after = _operators(gm)
-        changes = {op: after.get(op, 0) - before.get(op, 0) for op in {**before, **after}}
-        text = ", ".join(f"{op} {change:+d}" for op, change in sorted(changes.items()) if change) or "no change"
-        logger.info("%d. %s: %s", number, _name(graph_pass), text)
-    return gm
+        counts = {op: after.get(op, 0) - before.get(op, 0) for op in {**before, **after}}
+        summary = ", ".join(f"{op} {count:+d}" for op, count in sorted(counts.items()) if count) or "no change"
+        change = Change(_name(graph_pass), text, _text(gm))
+        text = change.after
+        logger.info("%d. %s: %s", number, change.name, summary)
+        if logger.isEnabledFor(logging.DEBUG):
+            logger.debug("%s", change.diff)
+        _trace(f"{number}_{change.name}", change.after)
+        _trace(f"{number}_{change.name}_diff", lambda change=change: change.diff)
+        changes.append(change)
+    return gm, tuple(changes)
+
+
+_RELEASES = re.compile(r";  (?:\w+ = )+None$", re.MULTILINE)  # when values are let go, which a diff would be full of
+
+
+def _text(gm: fx.GraphModule) -> str:
+    return _RELEASES.sub("", gm.print_readable(print_output=False, expanded_def=True))
+
+
+def _trace(name: str, text: str | Callable[[], str]) -> None:
+    trace_structured(
+        "artifact",
+        lambda: {"name": f"ctrlcompile_{name}", "encoding": "string"},
+        payload_fn=text if callable(text) else lambda: text,
+    )
 
 
 def _name(graph_pass: Pass) -> str:
