@@ -90,7 +90,7 @@ class Gate:
 
     @property
     def inputs(self) -> tuple[Tensor, ...]:
-        """What a gated op takes, in the order of its schema: signals, the four index lists, probes."""
+        """What a gated op takes, in the order of its schema: signals, the index lists, probes."""
         return (self.signals, *self.lists, self.probes)
 
     @torch.no_grad()
@@ -234,6 +234,12 @@ class Registry:
     def get(self, weight: Tensor) -> Gate | None:
         """The gate of a Parameter, or None."""
         return self._gates.get(weight)
+
+    def with_lists(self, crow_indices: Tensor) -> Gate | None:
+        """The gate whose lists begin with this tensor, or an alias of it."""
+        address = crow_indices.data_ptr()
+        gates = self._gates.values()
+        return next((gate for gate in gates if gate.lists.crow_indices.data_ptr() == address), None)
 
     def get_or_create(self, weight: Tensor, block: BlockChoice, name: str) -> Gate:
         """The gate of a Parameter; a new one where there is none. Raises ValueError for a block that does not fit."""

@@ -9,7 +9,8 @@ Where no kernel can run, the operators compute the same with dense products, aft
 """
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,20 +18,20 @@ from torch import Tensor
 from torch._subclasses import FakeTensor
 from torch.utils.flop_counter import register_flop_formula
 
-from ctrlcompile.kernels import cpu_linear, isa, reference
+from ctrlcompile.calls import visible
+from ctrlcompile.kernels import cpu_linear, index_lists, isa, reference
 from ctrlcompile.kernels.index_lists import BlockLists, build, expand, grid_shape, mask_of
 
 ACTIVATIONS = reference.ACTIVATIONS
 
-_LISTS = "Tensor crow_indices, Tensor col_indices, Tensor ccol_indices, Tensor row_indices"
 _library = torch.library.Library("ctrlprune", "DEF")
 _library.define(
-    f"linear(Tensor x, Tensor weight, Tensor? bias, Tensor signals, {_LISTS}, Tensor probes, "
+    "linear(Tensor x, Tensor weight, Tensor? bias, Tensor signals, Tensor[] lists, Tensor probes, "
     "int block_out, int block_in, str activation) -> (Tensor y, Tensor z)"
 )
-_library.define(f"linear_dgrad(Tensor grad, Tensor weight, {_LISTS}, int block_out, int block_in) -> Tensor")
+_library.define("linear_dgrad(Tensor grad, Tensor weight, Tensor[] lists, int block_out, int block_in) -> Tensor")
 _library.define(
-    f"linear_wgrad(Tensor grad, Tensor x, Tensor weight, {_LISTS}, Tensor probes, "
+    "linear_wgrad(Tensor grad, Tensor x, Tensor weight, Tensor[] lists, Tensor probes, "
     "int block_out, int block_in) -> (Tensor grad_weight, Tensor signals)"
 )
 
@@ -43,11 +44,11 @@ linear_wgrad = torch.ops.ctrlprune.linear_wgrad
 
 
 def _linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None, signals: Tensor, crow_indices: Tensor, col_indices: Tensor,
-    ccol_indices: Tensor, row_indices: Tensor, probes: Tensor, block_out: int, block_in: int, activation: str,
+    x: Tensor, weight: Tensor, bias: Tensor | None, signals: Tensor, tensors: Sequence[Tensor], probes: Tensor,
+    block_out: int, block_in: int, activation: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    lists, block = BlockLists(crow_indices, col_indices, ccol_indices, row_indices), (block_out, block_in)
-    _check(x, weight.shape[1], weight, lists, block)
+    lists, block = _lists(tensors, weight, (block_out, block_in)), (block_out, block_in)
+    _check(x, weight.shape[1], weight)
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation is one of {ACTIVATIONS}; got {activation!r}")
     rows = _rows(x)
@@ -59,12 +60,9 @@ def _linear(
     return y.view(shape), z.view(shape) if saves_z(activation) else x.new_empty(0)
 
 
-def _linear_dgrad(
-    grad: Tensor, weight: Tensor, crow_indices: Tensor, col_indices: Tensor, ccol_indices: Tensor, row_indices: Tensor,
-    block_out: int, block_in: int,
-) -> Tensor:  # fmt: skip
-    lists, block = BlockLists(crow_indices, col_indices, ccol_indices, row_indices), (block_out, block_in)
-    _check(grad, weight.shape[0], weight, lists, block)
+def _linear_dgrad(grad: Tensor, weight: Tensor, tensors: Sequence[Tensor], block_out: int, block_in: int) -> Tensor:
+    lists, block = _lists(tensors, weight, (block_out, block_in)), (block_out, block_in)
+    _check(grad, weight.shape[0], weight)
     rows = _rows(grad)
     if (kernel := _kernel(grad, weight, block)) is not None:
         grad_x = kernel.dgrad(rows, weight, lists, block)
@@ -74,12 +72,11 @@ def _linear_dgrad(
 
 
 def _linear_wgrad(
-    grad: Tensor, x: Tensor, weight: Tensor, crow_indices: Tensor, col_indices: Tensor, ccol_indices: Tensor,
-    row_indices: Tensor, probes: Tensor, block_out: int, block_in: int,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    lists, block = BlockLists(crow_indices, col_indices, ccol_indices, row_indices), (block_out, block_in)
-    _check(grad, weight.shape[0], weight, lists, block)
-    _check(x, weight.shape[1], weight, lists, block)
+    grad: Tensor, x: Tensor, weight: Tensor, tensors: Sequence[Tensor], probes: Tensor, block_out: int, block_in: int
+) -> tuple[Tensor, Tensor]:
+    lists, block = _lists(tensors, weight, (block_out, block_in)), (block_out, block_in)
+    _check(grad, weight.shape[0], weight)
+    _check(x, weight.shape[1], weight)
     if grad.numel() // grad.shape[-1] != x.numel() // x.shape[-1]:
         raise ValueError(f"grad of shape {tuple(grad.shape)} and x of shape {tuple(x.shape)} have unequal rows")
     if (kernel := _kernel(x, weight, block)) is not None:
@@ -87,18 +84,25 @@ def _linear_wgrad(
     return reference.linear_wgrad(_rows(grad), _rows(x), weight, mask_of(lists), probes, block)
 
 
-def _check(x: Tensor, features: int, weight: Tensor, lists: BlockLists, block: tuple[int, int]) -> None:
-    # A kernel trusts its pointers, so what does not fit is refused here.
+# Kernels trust their pointers, so what does not fit is refused here.
+def _check(x: Tensor, features: int, weight: Tensor) -> None:
     if x.dim() == 0 or weight.dim() != 2 or x.shape[-1] != features:
         raise ValueError(f"an input of shape {tuple(x.shape)} does not fit a weight of {tuple(weight.shape)}")
+
+
+def _lists(tensors: Sequence[Tensor], weight: Tensor, block: tuple[int, int]) -> BlockLists:
     rows, columns = grid_shape((weight.shape[0], weight.shape[1]), block)
-    capacities = (rows + 1, rows * columns, columns + 1, rows * columns)
+    capacities = index_lists.capacities(rows, columns)
+    if len(tensors) != len(capacities):
+        raise ValueError(f"index lists are {', '.join(capacities._fields)}; got {len(tensors)} tensors")
+    lists = BlockLists(*tensors)
     for name, tensor, capacity in zip(lists._fields, lists, capacities, strict=True):
         if tensor.dtype != torch.int32 or tensor.numel() != capacity or not tensor.is_contiguous():
             raise ValueError(
                 f"{name} is a contiguous int32 tensor of {capacity} entries for a weight of {tuple(weight.shape)} in "
                 f"blocks of {block}; got {tensor.dtype} of shape {tuple(tensor.shape)}"
             )
+    return lists
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -165,6 +169,15 @@ def kernel_name(device: torch.device, x_dtype: torch.dtype, weight_dtype: torch.
     return f"C++ {isa.current().name} {' x '.join(sorted(str(dtype).removeprefix('torch.') for dtype in types))}"
 
 
+def kernel_sources(
+    device: torch.device, x_dtype: torch.dtype, weight_dtype: torch.dtype, block: tuple[int, int], activation: str
+) -> dict[str, Path]:
+    """The generated source of the kernel of each role; empty where no kernel runs."""
+    if why_no_kernel(device, x_dtype, weight_dtype, block, activation) is not None:
+        return {}
+    return cpu_linear.sources(x_dtype, weight_dtype, block, activation)
+
+
 def _kernel(x: Tensor, weight: Tensor, block: tuple[int, int], activation: str = "none") -> Any:
     return cpu_linear if why_no_kernel(weight.device, x.dtype, weight.dtype, block, activation) is None else None
 
@@ -173,7 +186,7 @@ def _kernel(x: Tensor, weight: Tensor, block: tuple[int, int], activation: str =
 
 
 @torch.library.register_fake("ctrlprune::linear", lib=_library)
-def _(x, weight, bias, signals, crow, col, ccol, row, probes, block_out, block_in, activation):  # type: ignore[no-untyped-def]
+def _(x, weight, bias, signals, lists, probes, block_out, block_in, activation):  # type: ignore[no-untyped-def]
     torch._check(x.shape[-1] == weight.shape[1], lambda: f"x has {x.shape[-1]} features, the weight {weight.shape[1]}")
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation is one of {ACTIVATIONS}; got {activation!r}")
@@ -182,35 +195,35 @@ def _(x, weight, bias, signals, crow, col, ccol, row, probes, block_out, block_i
 
 
 @torch.library.register_fake("ctrlprune::linear_dgrad", lib=_library)
-def _(grad, weight, crow, col, ccol, row, block_out, block_in):  # type: ignore[no-untyped-def]
+def _(grad, weight, lists, block_out, block_in):  # type: ignore[no-untyped-def]
     return grad.new_empty(*grad.shape[:-1], weight.shape[1])
 
 
 @torch.library.register_fake("ctrlprune::linear_wgrad", lib=_library)
-def _(grad, x, weight, crow, col, ccol, row, probes, block_out, block_in):  # type: ignore[no-untyped-def]
-    rows, columns = crow.shape[0] - 1, ccol.shape[0] - 1
-    return weight.new_empty(weight.shape), weight.new_empty((2, rows, columns), dtype=torch.float32)
+def _(grad, x, weight, lists, probes, block_out, block_in):  # type: ignore[no-untyped-def]
+    return weight.new_empty(weight.shape), weight.new_empty((2, *BlockLists(*lists).grid), dtype=torch.float32)
 
 
 # Autograd -------------------------------------------------------------------------------------------------------------
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    x, weight, bias, _, crow, col, ccol, row, probes, block_out, block_in, activation = inputs
+    x, weight, bias, _, lists, probes, block_out, block_in, activation = inputs
     y, z = output
     ctx.mark_non_differentiable(z)
     ctx.set_materialize_grads(False)
     ctx.block, ctx.activation, ctx.has_bias = (block_out, block_in), activation, bias is not None
-    ctx.bias_dtype = None if bias is None else bias.dtype
+    ctx.bias_dtype, ctx.lists = None if bias is None else bias.dtype, len(lists)
     kept = {"none": (), "relu": (y,)}.get(activation, (z,))
-    ctx.save_for_backward(x, weight, crow, col, ccol, row, probes, *kept)
+    ctx.save_for_backward(x, weight, probes, *lists, *kept)
 
 
-def _backward(ctx: Any, grad_y: Tensor | None, _grad_z: None) -> tuple[Tensor | None, ...]:
-    unused = (None,) * 8
+def _backward(ctx: Any, grad_y: Tensor | None, _grad_z: None) -> tuple[Any, ...]:
+    unused = ([None] * ctx.lists, None, None, None, None)
     if grad_y is None:
         return (None, None, None, None, *unused)
-    x, weight, crow, col, ccol, row, probes, *kept = ctx.saved_tensors
+    x, weight, probes, *rest = ctx.saved_tensors
+    lists, kept = rest[: ctx.lists], rest[ctx.lists :]
     if ctx.activation == "none":
         grad = grad_y
     elif ctx.activation == "relu":
@@ -219,10 +232,10 @@ def _backward(ctx: Any, grad_y: Tensor | None, _grad_z: None) -> tuple[Tensor | 
         approximate = "tanh" if ctx.activation == "gelu_tanh" else "none"
         grad = torch.ops.aten.gelu_backward(grad_y, kept[0], approximate=approximate)
     needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
-    grad_x = linear_dgrad(grad, weight, crow, col, ccol, row, *ctx.block) if needs_x else None
+    grad_x = linear_dgrad(grad, weight, lists, *ctx.block) if needs_x else None
     grad_weight = grad_signals = grad_bias = None
     if needs_weight:
-        grad_weight, grad_signals = linear_wgrad(grad, x, weight, crow, col, ccol, row, probes, *ctx.block)
+        grad_weight, grad_signals = linear_wgrad(grad, x, weight, lists, probes, *ctx.block)
     if needs_bias:
         grad_bias = grad.flatten(0, -2).sum(0, dtype=ctx.bias_dtype)
     return (grad_x, grad_weight, grad_bias, grad_signals, *unused)
@@ -245,7 +258,7 @@ def _autocast(device: str) -> Callable[..., tuple[Tensor, Tensor]]:
 
 for _implementation, _op in ((_linear, "linear"), (_linear_dgrad, "linear_dgrad"), (_linear_wgrad, "linear_wgrad")):
     for _key in ("CPU", "CUDA"):
-        _library.impl(_op, _implementation, _key)
+        _library.impl(_op, visible(_op, _implementation), _key)
 _library.impl("linear", _autocast("cpu"), "AutocastCPU")
 _library.impl("linear", _autocast("cuda"), "AutocastCUDA")
 
@@ -264,15 +277,15 @@ def _product_flops(x: Tensor, weight: Tensor, lists: BlockLists, probes: Tensor 
 
 
 @register_flop_formula(linear, get_raw=True)
-def _(x, weight, bias, signals, crow, col, ccol, row, probes, block_out, block_in, activation, **_) -> int:  # type: ignore[no-untyped-def]
-    return _product_flops(x, weight, BlockLists(crow, col, ccol, row), None, (block_out, block_in))
+def _(x, weight, bias, signals, lists, probes, block_out, block_in, activation, **_) -> int:  # type: ignore[no-untyped-def]
+    return _product_flops(x, weight, BlockLists(*lists), None, (block_out, block_in))
 
 
 @register_flop_formula(linear_dgrad, get_raw=True)
-def _(grad, weight, crow, col, ccol, row, block_out, block_in, **_) -> int:  # type: ignore[no-untyped-def]
-    return _product_flops(grad, weight, BlockLists(crow, col, ccol, row), None, (block_out, block_in))
+def _(grad, weight, lists, block_out, block_in, **_) -> int:  # type: ignore[no-untyped-def]
+    return _product_flops(grad, weight, BlockLists(*lists), None, (block_out, block_in))
 
 
 @register_flop_formula(linear_wgrad, get_raw=True)
-def _(grad, x, weight, crow, col, ccol, row, probes, block_out, block_in, **_) -> int:  # type: ignore[no-untyped-def]
-    return _product_flops(x, weight, BlockLists(crow, col, ccol, row), probes, (block_out, block_in))
+def _(grad, x, weight, lists, probes, block_out, block_in, **_) -> int:  # type: ignore[no-untyped-def]
+    return _product_flops(x, weight, BlockLists(*lists), probes, (block_out, block_in))

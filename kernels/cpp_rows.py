@@ -190,14 +190,6 @@ void strip(const Call& c, int r, int at, const float* x, int64_t first, int64_t 
 
 // ---- the plan ------------------------------------------------------------------------------------------------------
 
-// Output blocks, longest list first: what is left at the end is short.
-void sort_by_length(const Call& c, int blocks, int longest, int32_t* starts, int32_t* order) {
-  std::fill(starts, starts + longest + 2, 0);
-  for (int r = 0; r < blocks; ++r) ++starts[longest - (c.offsets[r + 1] - c.offsets[r]) + 1];
-  for (int l = 0; l <= longest; ++l) starts[l + 1] += starts[l];
-  for (int r = 0; r < blocks; ++r) order[starts[longest - (c.offsets[r + 1] - c.offsets[r])]++] = r;
-}
-
 struct Plan {
   int64_t blocks, columns, tiles, tile_stride, tile_floats, packed_floats, counters;
   Plan(int64_t rows, int64_t outputs, int64_t inputs, int64_t tile_rows) {
@@ -207,7 +199,7 @@ struct Plan {
     tile_stride = ((columns * IN + 15) / 16 | 1) * 16;  // an odd number of cache lines
     tile_floats = tile_rows * tile_stride;
     packed_floats = blocks * columns * OUT * IN;
-    counters = blocks + columns + 2 + tiles + 1;
+    counters = tiles + 1;
   }
 };
 
@@ -221,19 +213,16 @@ extern "C" int64_t scratch_bytes(int64_t rows, int64_t outputs, int64_t inputs, 
 
 // x [rows, inputs], y and z [rows, outputs].
 extern "C" void run(const x_t* x, int64_t x_stride, const w_t* weight, int64_t weight_stride, const float* bias,
-                    const int32_t* offsets, const int32_t* indices, x_t* y, x_t* z, int64_t rows, int64_t outputs,
-                    int64_t inputs, int64_t tile_rows, int threads, float* scratch) {
+                    const int32_t* offsets, const int32_t* indices, const int32_t* order, x_t* y, x_t* z,
+                    int64_t rows, int64_t outputs, int64_t inputs, int64_t tile_rows, int threads, float* scratch) {
   const Plan p(rows, outputs, inputs, tile_rows);
   float* const tile_buffers = scratch + p.packed_floats;
   float* const whole_bias = tile_buffers + threads * p.tile_floats;
-  int32_t* const order = (int32_t*)(whole_bias + p.blocks * OUT);
-  int32_t* const starts = order + p.blocks;
-  int32_t* const next_block = starts + p.columns + 2;
+  int32_t* const next_block = (int32_t*)(whole_bias + p.blocks * OUT);
   int32_t* const next_tile = next_block + p.tiles;
   const Call c = {x, x_stride, weight, weight_stride, whole_bias, offsets, indices, y, z, rows, outputs, inputs,
                   scratch, p.tile_stride};
   for (int64_t o = 0; o < p.blocks * OUT; ++o) whole_bias[o] = bias && o < outputs ? bias[o] : 0;
-  sort_by_length(c, p.blocks, p.columns, starts, order);
   std::fill(next_block, next_tile + 1, 0);
 
 #pragma omp parallel num_threads(threads)

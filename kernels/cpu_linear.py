@@ -47,7 +47,7 @@ def forward(
     library = _rows_library(block, True, x.dtype, weight.dtype, activation, isa.current())
     y = x.new_empty(x.shape[0], weight.shape[0])
     z = torch.empty_like(y) if activation.startswith("gelu") else x.new_empty(0)
-    _run_rows(library, x, weight, bias, lists.crow_indices, lists.col_indices, y, z)
+    _run_rows(library, x, weight, bias, (lists.crow_indices, lists.col_indices, lists.row_order), y, z)
     return y, z
 
 
@@ -55,7 +55,8 @@ def dgrad(grad_z: Tensor, weight: Tensor, lists: BlockLists, block: Block) -> Te
     """Gradient with respect to the input, `reference.linear_dgrad`: grad_z `[M, N]`, weight `[N, K]` -> `[M, K]`."""
     library = _rows_library((block[1], block[0]), False, grad_z.dtype, weight.dtype, "none", isa.current())
     grad_x = grad_z.new_empty(grad_z.shape[0], weight.shape[1])
-    _run_rows(library, grad_z, weight, None, lists.ccol_indices, lists.row_indices, grad_x, grad_z.new_empty(0))
+    by_columns = lists.ccol_indices, lists.row_indices, lists.column_order
+    _run_rows(library, grad_z, weight, None, by_columns, grad_x, grad_z.new_empty(0))
     return grad_x
 
 
@@ -82,8 +83,19 @@ def wgrad(
     return grad_weight, signals
 
 
+def sources(x_dtype: torch.dtype, weight_dtype: torch.dtype, block: Block, activation: str) -> dict[str, Path]:
+    """The generated C++ of the forward, dgrad and wgrad kernels for these types; built where they are not yet."""
+    target = isa.current()
+    libraries = {
+        "forward": _rows_library(block, True, x_dtype, weight_dtype, activation, target),
+        "dgrad": _rows_library((block[1], block[0]), False, x_dtype, weight_dtype, "none", target),
+        "wgrad": _wgrad_library(block, x_dtype, weight_dtype, target),
+    }
+    return {role: Path(library._name).with_suffix(".cpp") for role, library in libraries.items()}
+
+
 def _run_rows(
-    library: ctypes.CDLL, x: Tensor, weight: Tensor, bias: Tensor | None, offsets: Tensor, indices: Tensor, y: Tensor,
+    library: ctypes.CDLL, x: Tensor, weight: Tensor, bias: Tensor | None, lists: tuple[Tensor, ...], y: Tensor,
     z: Tensor,
 ) -> None:  # fmt: skip
     rows, inputs = x.shape
@@ -96,7 +108,7 @@ def _run_rows(
     scratch = _scratch(library.scratch_bytes(rows, y.shape[1], inputs, tile, threads))
     library.run(
         x.data_ptr(), x.stride(0), weight.data_ptr(), weight.stride(0), None if bias is None else bias.data_ptr(),
-        offsets.data_ptr(), indices.data_ptr(), y.data_ptr(), z.data_ptr(), rows, y.shape[1], inputs, tile, threads,
+        *(part.data_ptr() for part in lists), y.data_ptr(), z.data_ptr(), rows, y.shape[1], inputs, tile, threads,
         scratch.data_ptr(),
     )  # fmt: skip
 
@@ -112,7 +124,7 @@ def _rows_library(
     source = cpp_rows.source(target, *block, transposed, x_dtype, weight_dtype, activation)
     role = f"forward_{activation}" if transposed else "dgrad"
     library = build.load(_name(role, block, x_dtype, weight_dtype, target), source, target.flags)
-    return _declare(library, "p l p l p p p p p l l l l i p", "l l l l i")
+    return _declare(library, "p l p l p p p p p p l l l l i p", "l l l l i")
 
 
 @functools.cache

@@ -16,17 +16,36 @@ class BlockLists(NamedTuple):
 
     Row r holds the block columns `col_indices[crow_indices[r]:crow_indices[r + 1]]`, ascending; column c holds the
     block rows `row_indices[ccol_indices[c]:ccol_indices[c + 1]]`, ascending. Entries past the last valid one are 0.
+    Kernels take rows and columns in the orders given, longest list first, so that what is left at the end is short.
     """
 
     crow_indices: Tensor  # [R + 1]
     col_indices: Tensor  # [R * C]
     ccol_indices: Tensor  # [C + 1]
     row_indices: Tensor  # [R * C]
+    row_order: Tensor  # [R]
+    column_order: Tensor  # [C]
 
     @property
     def grid(self) -> tuple[int, int]:
         """Number of block rows and of block columns."""
         return self.crow_indices.numel() - 1, self.ccol_indices.numel() - 1
+
+
+class Capacities(NamedTuple):
+    """Numbers of entries of `BlockLists`, field by field."""
+
+    crow_indices: int
+    col_indices: int
+    ccol_indices: int
+    row_indices: int
+    row_order: int
+    column_order: int
+
+
+def capacities(rows: int, columns: int) -> Capacities:
+    """How many entries the lists of an R x C grid hold."""
+    return Capacities(rows + 1, rows * columns, columns + 1, rows * columns, rows, columns)
 
 
 def grid_shape(weight_shape: tuple[int, int], block: tuple[int, int]) -> tuple[int, int]:
@@ -43,12 +62,8 @@ def build(mask: Tensor) -> BlockLists:
     Raises ValueError when the mask is not a boolean matrix.
     """
     _check(mask)
-    rows, columns = mask.shape
-
-    def empty(n: int) -> Tensor:
-        return torch.empty(n, dtype=torch.int32, device=mask.device)
-
-    lists = BlockLists(empty(rows + 1), empty(rows * columns), empty(columns + 1), empty(rows * columns))
+    entries = capacities(*mask.shape)
+    lists = BlockLists(*(torch.empty(n, dtype=torch.int32, device=mask.device) for n in entries))
     write_(lists, mask)
     return lists
 
@@ -62,8 +77,8 @@ def write_(lists: BlockLists, mask: Tensor) -> None:
     if tuple(mask.shape) != lists.grid:
         raise ValueError(f"mask has shape {tuple(mask.shape)}, but these lists are for a grid of {lists.grid} blocks")
     mask = mask.to(lists.crow_indices.device)
-    _write_compressed(lists.crow_indices, lists.col_indices, mask)
-    _write_compressed(lists.ccol_indices, lists.row_indices, mask.t())
+    _write_compressed(lists.crow_indices, lists.col_indices, lists.row_order, mask)
+    _write_compressed(lists.ccol_indices, lists.row_indices, lists.column_order, mask.t())
 
 
 def mask_of(lists: BlockLists) -> Tensor:
@@ -92,11 +107,12 @@ def _check(mask: Tensor) -> None:
         )
 
 
-def _write_compressed(offsets: Tensor, indices: Tensor, mask: Tensor) -> None:
-    flat = mask.flatten()
+def _write_compressed(offsets: Tensor, indices: Tensor, order: Tensor, mask: Tensor) -> None:
+    flat, lengths = mask.flatten(), mask.sum(1)
     rank = flat.cumsum(0)  # 1-based position of each active block in the list
     offsets[:1].zero_()
-    offsets[1:].copy_(mask.sum(1).cumsum(0))
+    offsets[1:].copy_(lengths.cumsum(0))
+    order.copy_(lengths.argsort(descending=True, stable=True))
     # Inactive blocks all land in one slot past the end: no boolean indexing, whose result size would be a host sync.
     slot = torch.where(flat, rank - 1, flat.numel())
     minor = torch.arange(mask.shape[1], dtype=torch.int32, device=mask.device).repeat(mask.shape[0])

@@ -1,6 +1,6 @@
 """Rewrites linear nodes into `ctrlprune::linear`, whose masked blocks are never computed.
 
-The gate's tensors enter the graph as inputs: `signals`, the four index lists and the probes, once per weight, after all
+The gate's tensors enter the graph as inputs: `signals`, the index lists and the probes, once per weight, after all
 other placeholders. Nothing about a mask is stored in the graph. `gm.meta["gated_weights"]` lists the argument positions
 of the weights in the order in which their tensors were appended, so that the caller can pass those of the live
 Parameters.
@@ -12,9 +12,10 @@ from typing import Any
 from torch import fx
 
 from ctrlcompile import ops
+from ctrlcompile.kernels.index_lists import BlockLists
 from ctrlcompile.passes.graph_edit import argument, clean, copy_meta, first_output, is_linear, scopes
 
-GATE_INPUTS = ("signals", "crow_indices", "col_indices", "ccol_indices", "row_indices", "probes")
+GATE_INPUTS = ("signals", *BlockLists._fields, "probes")
 
 
 def gate_linear(
@@ -37,8 +38,11 @@ def gate_linear(
             if outer not in here:
                 here[outer] = [scope.bring_in(placeholder) for placeholder in inputs[outer]]
             with graph.inserting_before(node):
-                arguments = (x, weight, bias, *here[outer], *blocks[f"{scope.prefix}{node.name}"], "none")
+                signals, *lists, probes = here[outer]
+                block = blocks[f"{scope.prefix}{node.name}"]
+                arguments = (x, weight, bias, signals, lists, probes, *block, "none")
                 gated = copy_meta(node, graph.call_function(ops.linear.default, arguments))
+                gated.meta["linear"] = f"{scope.prefix}{node.name}"
                 node.replace_all_uses_with(first_output(graph, gated, node))
             graph.erase_node(node)
     gm.meta["gated_weights"] = [position[weight] for weight in inputs]

@@ -47,7 +47,7 @@ class Case:
 
     @property
     def arguments(self):
-        gate = (self.signals, *self.lists, self.probes)
+        gate = (self.signals, list(self.lists), self.probes)
         return (self.x, self.weight, self.bias, *gate, *BLOCK, self.activation)
 
     def run(self) -> Tensor:
@@ -73,8 +73,8 @@ def test_the_forward_op_is_registered_as_pytorch_wants(activation, bias, lead):
 def test_the_backward_ops_are_registered_as_pytorch_wants():
     case = Case()
     grad = torch.randn(3, 5, SHAPE[0])
-    torch.library.opcheck(ops.linear_dgrad.default, (grad, case.weight, *case.lists, *BLOCK))
-    torch.library.opcheck(ops.linear_wgrad.default, (grad, case.x, case.weight, *case.lists, case.probes, *BLOCK))
+    torch.library.opcheck(ops.linear_dgrad.default, (grad, case.weight, list(case.lists), *BLOCK))
+    torch.library.opcheck(ops.linear_wgrad.default, (grad, case.x, case.weight, list(case.lists), case.probes, *BLOCK))
 
 
 @pytest.mark.parametrize("activation", ops.ACTIVATIONS)
@@ -189,7 +189,8 @@ def test_changing_a_mask_between_forward_and_backward_is_an_error():
     linear = nn.Linear(SHAPE[1], SHAPE[0])
     (gate,) = cc.gates(linear, BLOCK).values()
     x = torch.randn(4, SHAPE[1], requires_grad=True)
-    y = ops.linear(x, linear.weight, linear.bias, *gate.inputs, *BLOCK, "none")[0]
+    gated = (gate.signals, list(gate.lists), gate.probes)
+    y = ops.linear(x, linear.weight, linear.bias, *gated, *BLOCK, "none")[0]
     gate.update_(random_mask(gate.grid))
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         y.sum().backward()
@@ -257,7 +258,8 @@ def test_the_gradient_is_exactly_zero_in_every_block_that_is_off():
     off = (~gate.mask).flatten().nonzero().flatten()
     gate.probe_(off[: gate.probes.numel()])
     x = torch.randn(9, SHAPE[1])
-    ops.linear(x, linear.weight, linear.bias, *gate.inputs, *BLOCK, "relu")[0].square().sum().backward()
+    y, _ = ops.linear(x, linear.weight, linear.bias, gate.signals, list(gate.lists), gate.probes, *BLOCK, "relu")
+    y.square().sum().backward()
     gone = masked_entries(gate)
     assert not linear.weight.grad[gone].any()
     assert linear.weight.grad[~gone].any()

@@ -22,6 +22,14 @@ def test_lists_hold_each_row_and_each_column_in_order(grid):
         assert listed.tolist() == mask[:, c].nonzero().flatten().tolist()
 
 
+def test_orders_name_the_longest_lists_first():
+    mask = random_mask(23, 9)
+    lists = index_lists.build(mask)
+    for order, lengths in ((lists.row_order, mask.sum(1)), (lists.column_order, mask.sum(0))):
+        assert sorted(order.tolist()) == list(range(len(lengths)))
+        assert lengths[order].tolist() == sorted(lengths.tolist(), reverse=True)
+
+
 @pytest.mark.parametrize("fill", [False, True])
 def test_all_masked_and_all_active(fill):
     lists = index_lists.build(torch.full((3, 4), fill))
