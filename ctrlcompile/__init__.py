@@ -6,7 +6,7 @@
 from ctrlcompile.controller.budget import Budget, BudgetError
 from ctrlcompile.follow import controller_of
 from ctrlcompile.gate import Gate, gates
-from ctrlcompile.inspect import explain
+from ctrlcompile.inspect import explain, profile
 from ctrlcompile.model_controller import Controller
 
-__all__ = ["Budget", "BudgetError", "Controller", "Gate", "controller_of", "explain", "gates"]
+__all__ = ["Budget", "BudgetError", "Controller", "Gate", "controller_of", "explain", "gates", "profile"]

@@ -52,6 +52,11 @@ class Visit:
     gates: tuple[Gate | None, ...]
     cost: cost.BoundCost
 
+    @property
+    def used_flops(self) -> float:
+        """Of a training step in this region, at the present masks and probes."""
+        return cost.used_flops(self.cost, self.region.gates_by_linear(self.gates))
+
 
 class Region:
     """A graph of Dynamo's, lowered with its gates. Called with Dynamo's arguments, which hold the live Parameters."""
@@ -72,7 +77,7 @@ class Region:
             parameters = tuple(args[weight.position] for weight in self.weights)
             _watcher.visits.append(Visit(self, variant, parameters, tuple(gates), self._bind(args)))
         elif torch.is_grad_enabled() and cost.meter.listening:
-            cost.meter.record(self._bind(args), self._gates_by_linear(gates))
+            cost.meter.record(self._bind(args), self.gates_by_linear(gates))
         inputs: list[Tensor] = []
         for index in variant.gated:
             gate = gates[index]
@@ -96,7 +101,8 @@ class Region:
             gates.append(gate)
         return gates
 
-    def _gates_by_linear(self, gates: Sequence[Gate | None]) -> list[Gate | None]:
+    def gates_by_linear(self, gates: Sequence[Gate | None]) -> list[Gate | None]:
+        """Those of the weights, in the order of the linears."""
         return [None if linear.weight is None else gates[linear.weight] for linear in self.linears]
 
     def _bind(self, args: Sequence[Any]) -> cost.BoundCost:
@@ -108,7 +114,7 @@ class Region:
             gm.meta.pop("dynamo_compile_id", None)  # outside Dynamo: no guards to serve, sizes as they are
         blocks = {
             linear.node: gate.block
-            for linear, gate in zip(self.linears, self._gates_by_linear(gates), strict=True)
+            for linear, gate in zip(self.linears, self.gates_by_linear(gates), strict=True)
             if gate is not None
         }
         gm, changes = run(gm, args, passes_for(blocks))

@@ -1,17 +1,19 @@
 """A row per linear of a model: gated or why not, its blocks, density, kernel and share of the FLOPs."""
 
-import io
+import json
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
 
-import torch
-from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
 from ctrlcompile import ops
 from ctrlcompile.gate import Block, Gate, plain
+from ctrlcompile.inspect import tables
+from ctrlcompile.inspect.graphs import Graph
+from ctrlcompile.inspect.undisturbed import call, check_compiled, undisturbed
 from ctrlcompile.linears import LinearNode
 from ctrlcompile.region import Visit, watch
 
@@ -22,6 +24,7 @@ class Row:
 
     Attributes:
         name: of its weight, as in `named_parameters()`.
+        module: path of the module that calls it; empty for the model itself.
         shape: of its weight, `(out, in)`.
         gated: whether blocks of it can be switched.
         reason: why it is not; empty when it is.
@@ -31,9 +34,11 @@ class Row:
         flops: of forward and backward in a training step with these inputs, at the present density; 2 per multiply-add.
         dense_flops: the same at density 1.
         source: file and line of the call.
+        kernel_sources: the generated source of the kernels by role (forward, dgrad, wgrad); empty when there are none.
     """
 
     name: str
+    module: str
     shape: tuple[int, ...]
     gated: bool
     reason: str
@@ -43,6 +48,7 @@ class Row:
     flops: float
     dense_flops: float
     source: str
+    kernel_sources: dict[str, Path] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -51,39 +57,57 @@ class Explanation:
 
     Attributes:
         rows: one per linear that ran, then those that did not.
-        regions: compiled graphs that ran.
+        graphs: one per compiled graph that ran, before and after each pass.
         dense_flops: of the whole training step, dense: every matrix product, gated or not.
         flops: of the same at the present densities.
     """
 
     rows: tuple[Row, ...]
-    regions: int
+    graphs: tuple[Graph, ...]
     dense_flops: float
     flops: float
+
+    @property
+    def regions(self) -> int:
+        """Compiled graphs that ran."""
+        return len(self.graphs)
+
+    @property
+    def sources(self) -> dict[Path, str]:
+        """The generated source of each kernel in force, by its path."""
+        paths = dict.fromkeys(path for row in self.rows for path in row.kernel_sources.values())
+        return {path: path.read_text() for path in paths}
 
     def __iter__(self) -> Iterator[Row]:
         return iter(self.rows)
 
     def __str__(self) -> str:
-        console = Console(file=io.StringIO(), width=132, highlight=False)
-        console.print(self._table())
-        assert isinstance(console.file, io.StringIO)
-        return console.file.getvalue().rstrip("\n")
+        return tables.text(self._table())
 
     __repr__ = __str__
 
+    def _repr_html_(self) -> str:
+        return tables.html(self._table())
+
+    def to_json(self) -> str:
+        """The rows and the step's FLOPs as JSON."""
+        step = {"regions": self.regions, "dense_flops": self.dense_flops, "flops": self.flops}
+        return json.dumps({"step": step, "rows": [asdict(row) for row in self.rows]}, indent=1, default=str)
+
     def _table(self) -> Table:
         table = Table(box=None, pad_edge=False, header_style="bold")
-        for heading in ("linear", "out x in", "block", "density", "kernel", "share of FLOPs"):
-            table.add_column(heading, justify="right" if heading in ("density", "share of FLOPs") else "left")
+        for heading in ("linear", "out x in", "block", "density", "kernel", "source", "share of FLOPs"):
+            side: Literal["left", "right"] = "right" if heading in ("density", "share of FLOPs") else "left"
+            table.add_column(heading, justify=side, overflow="fold", no_wrap=heading != "kernel")
         for row in self.rows:
             block = f"{row.block[0]} x {row.block[1]}" if row.block else "dense"
             what = row.kernel if row.gated else f"{row.kernel}: {row.reason}"
             shape = " x ".join(map(str, row.shape)) or "?"
-            table.add_row(row.name, shape, block, f"{row.density:.3f}", what, f"{self._share(row.flops):.1%}")
+            source = row.source.rsplit("/", 1)[-1]
+            table.add_row(row.name, shape, block, f"{row.density:.3f}", what, source, f"{self._share(row.flops):.1%}")
         rest = self.dense_flops - sum(row.dense_flops for row in self.rows)
         table.add_row(
-            "all else (attention, convolutions, ...)", "", "dense", "1.000", "Inductor", f"{self._share(rest):.1%}"
+            "all else (attention, convolutions, ...)", "", "dense", "1.000", "Inductor", "", f"{self._share(rest):.1%}"
         )
         gateable = sum(row.dense_flops for row in self.rows if row.gated)
         used = sum(row.flops for row in self.rows if row.gated)
@@ -91,7 +115,7 @@ class Explanation:
         table.add_row(
             f"step: {self.flops / 1e9:.3g} of {self.dense_flops / 1e9:.3g} GFLOP",
             "", "", f"{used / gateable:.3f}" if gateable else "1.000",
-            f"{sum(row.gated for row in self.rows)} of {len(self.rows)} linears gated, {self.regions} graphs",
+            f"{sum(row.gated for row in self.rows)} of {len(self.rows)} linears gated, {self.regions} graphs", "",
             f"{self.flops / self.dense_flops:.1%} of dense" if self.dense_flops else "",
         )  # fmt: skip
         return table
@@ -104,22 +128,24 @@ def explain(model: nn.Module) -> Callable[..., Explanation]:
     """What the backend made of a model: `cc.explain(model)(*inputs)`.
 
     Runs the compiled model once on these inputs, forward only, as it is (training or evaluation mode); nothing counts
-    towards a budget and random state is put back. FLOPs are those of a training step on such inputs.
+    towards a budget, random state and buffers are put back. FLOPs are those of a training step on such inputs.
+
+    >>> explanation = cc.explain(model)(x)  # doctest: +SKIP
+    >>> print(explanation)  # a row per linear  # doctest: +SKIP
+    >>> print(explanation.graphs[0])  # what each pass changed, as a diff  # doctest: +SKIP
+    >>> explanation.sources  # path -> generated source of each kernel in force  # doctest: +SKIP
 
     Raises:
         TypeError: not a module.
+        ValueError: the model does not run on these inputs.
         RuntimeError: no graph compiled with `backend="ctrlprune"` ran.
     """
     module = plain(model)
 
     def on(*inputs: Any, **named_inputs: Any) -> Explanation:
-        with watch() as visits, torch.random.fork_rng(devices=[]):
-            model(*inputs, **named_inputs)
-        if not visits:
-            raise RuntimeError(
-                "no graph of this model was compiled with backend='ctrlprune': pass the compiled model, "
-                "cc.explain(torch.compile(model, backend='ctrlprune'))(*inputs)"
-            )
+        with watch() as visits, undisturbed(module):
+            call(model, inputs, named_inputs)
+        check_compiled(visits, "explain")
         return _explanation(module, visits)
 
     return on
@@ -136,23 +162,28 @@ def _explanation(module: nn.Module, visits: list[Visit]) -> Explanation:
             gate = None if linear.weight is None else visit.gates[linear.weight]
             name = names.get(id(parameter), linear.name)
             reached.add(name)
-            rows.append(_row(name, linear, parameter, gate, dense))
+            activation = visit.variant.activations.get(linear.node, "none")
+            rows.append(_row(name, linear, parameter, gate, activation, dense))
     for prefix, child in module.named_modules():
         weight = child._parameters.get("weight") if isinstance(child, nn.Linear) else None
         name = f"{prefix}.weight" if prefix else "weight"
         if weight is not None and name not in reached and names.get(id(weight)) == name:
             reason = "not in a compiled graph that these inputs reach"
-            rows.append(Row(name, tuple(weight.shape), False, reason, None, 1.0, "not compiled", 0.0, 0.0, ""))
+            rows.append(Row(name, prefix, tuple(weight.shape), False, reason, None, 1.0, "not compiled", 0.0, 0.0, ""))
     saved = sum(row.dense_flops - row.flops for row in rows)
-    return Explanation(tuple(rows), len(visits), dense_flops, dense_flops - saved)
+    graphs = tuple(Graph(visit.variant.changes) for visit in visits)
+    return Explanation(tuple(rows), graphs, dense_flops, dense_flops - saved)
 
 
-def _row(name: str, linear: LinearNode, parameter: Tensor | None, gate: Gate | None, dense: float) -> Row:
-    shape = () if parameter is None else tuple(parameter.shape)
+def _row(
+    name: str, linear: LinearNode, parameter: Tensor | None, gate: Gate | None, activation: str, dense: float
+) -> Row:
+    shape, where = () if parameter is None else tuple(parameter.shape), linear.source
     if gate is None or parameter is None:
-        return Row(name, shape, False, linear.reason or "no gate", None, 1.0, "Inductor", dense, dense, linear.source)
-    reason = ops.why_no_kernel(parameter.device, linear.x_dtype, parameter.dtype, gate.block)
-    kernel = (
-        ops.kernel_name(parameter.device, linear.x_dtype, parameter.dtype) if reason is None else f"dense ({reason})"
-    )
-    return Row(name, shape, True, "", gate.block, gate.density, kernel, dense * gate.active_share, dense, linear.source)
+        why = linear.reason or "no gate"
+        return Row(name, linear.module, shape, False, why, None, 1.0, "Inductor", dense, dense, where)
+    types = (parameter.device, linear.x_dtype, parameter.dtype)
+    reason = ops.why_no_kernel(*types, gate.block, activation)
+    kernel = ops.kernel_name(*types) if reason is None else f"dense ({reason})"
+    used, sources = dense * gate.active_share, ops.kernel_sources(*types, gate.block, activation)
+    return Row(name, linear.module, shape, True, "", gate.block, gate.density, kernel, used, dense, where, sources)

@@ -1,0 +1,46 @@
+"""Times calls against each other: all of them in turn, round after round, so that a drift of the machine meets all."""
+
+import math
+import time
+from collections.abc import Callable, Mapping
+from typing import TypeVar
+
+import torch
+
+_SHORTEST_S = 2e-3  # what is timed at once: a shorter call is repeated
+_MOST_REPEATS = 1000
+
+Name = TypeVar("Name")
+
+
+def alternate(calls: Mapping[Name, Callable[[], object]], rounds: int, device: torch.device) -> dict[Name, list[float]]:
+    """Seconds of each call, one figure per round.
+
+    Each is called twice before (once to compile, once to see how long it takes). Odd rounds go backwards, so that
+    neither of two neighbours always finds what the other left in the cache.
+    """
+    repeats = {}
+    for name, call in calls.items():
+        call()
+        repeats[name] = min(math.ceil(_SHORTEST_S / _seconds(call, 1, device)), _MOST_REPEATS)
+    times: dict[Name, list[float]] = {name: [] for name in calls}
+    for number in range(rounds):
+        for name in list(calls) if number % 2 == 0 else reversed(list(calls)):
+            times[name].append(_seconds(calls[name], repeats[name], device))
+    return times
+
+
+def _seconds(call: Callable[[], object], repeats: int, device: torch.device) -> float:
+    if device.type == "cuda":
+        with torch.cuda.device(device):
+            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            start.record()
+            for _ in range(repeats):
+                call()
+            end.record()
+            end.synchronize()
+        return start.elapsed_time(end) / 1e3 / repeats
+    started = time.perf_counter()
+    for _ in range(repeats):
+        call()
+    return (time.perf_counter() - started) / repeats

@@ -1,0 +1,78 @@
+"""What this machine can do at most, measured: its rate of arithmetic and its rate of moving memory.
+
+Together they are the roofline (Williams, Waterman, Patterson, "Roofline", CACM 52(4), 2009): work of so many FLOPs on
+so many bytes takes at least max(FLOPs / peak, bytes / bandwidth).
+"""
+
+import ctypes
+import functools
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+
+from ctrlcompile.kernels import build, cpp_vectors, isa
+
+_COPIED_BYTES = 128 << 20  # more than a last-level cache holds
+_ROUNDS = 200_000
+
+_MULTIPLY_ADDS = """
+}  // namespace
+
+// Multiply-adds of `rounds` rounds on each of `threads` threads: twelve independent sums each, as many as hide latency.
+extern "C" void multiply_adds(int64_t rounds, int threads) {
+#pragma omp parallel num_threads(threads)
+  {
+    Wide::f sums[12] = {}, a = {}, b = {};
+    for (int64_t i = 0; i < rounds; ++i) {
+      UNROLL for (int j = 0; j < 12; ++j) sums[j] += a * b;
+      UNROLL for (int j = 0; j < 12; ++j) asm volatile("" : "+x"(sums[j]));
+    }
+  }
+}
+"""
+
+
+class Load(NamedTuple):
+    """Something to be timed: one call of `run` does `amount` FLOPs, or moves as many bytes."""
+
+    run: Callable[[], object]
+    amount: float
+
+
+def peak(device: torch.device, dtype: torch.dtype) -> Load:
+    """Arithmetic at full rate.
+
+    On a CPU, fused multiply-adds in float32 registers, which is what our kernels compute with whatever the type; on
+    another device, or where no kernel can be built, a large dense product in the type.
+    """
+    if device.type == "cpu":
+        try:
+            multiply_adds, lanes = _multiply_adds()
+        except build.KernelBuildError:
+            return _product(1024, device, torch.float32)
+        threads = torch.get_num_threads()
+        return Load(functools.partial(multiply_adds, _ROUNDS, threads), 2.0 * 12 * lanes * _ROUNDS * threads)
+    return _product(8192, device, dtype)
+
+
+def copy(device: torch.device) -> Load:
+    """A copy between two arrays that no cache holds; what is read and what is written both count."""
+    source = torch.ones(_COPIED_BYTES // 4, device=device)
+    target = torch.empty_like(source)
+    return Load(functools.partial(target.copy_, source), 2.0 * _COPIED_BYTES)
+
+
+def _product(side: int, device: torch.device, dtype: torch.dtype) -> Load:
+    a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
+    return Load(functools.partial(torch.mm, a, b, out=torch.empty_like(a)), 2.0 * side**3)
+
+
+@functools.cache
+def _multiply_adds() -> tuple[Callable[[int, int], None], int]:
+    target = isa.current()
+    source = cpp_vectors.prelude(target) + f"typedef v{target.lanes} Wide;\n" + _MULTIPLY_ADDS
+    library = build.load("multiply_adds", source, target.flags)
+    library.multiply_adds.argtypes = [ctypes.c_int64, ctypes.c_int]
+    library.multiply_adds.restype = None
+    return library.multiply_adds, target.lanes

@@ -1,0 +1,144 @@
+"""The products of a model's gated linears, as a training step computes them, so that each can be repeated by itself.
+
+Seen as calls of our operators. What is new in each step (inputs, gradients) is kept as shape, strides and type only;
+weights and index lists are the live ones.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ctrlcompile import calls, ops
+from ctrlcompile.gate import Gate
+
+ROLES = tuple(calls.ROLES.values())
+
+
+class Layout(NamedTuple):
+    """Everything about a tensor but its values."""
+
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+
+    def filled(self) -> Tensor:
+        """A tensor laid out so, of random values."""
+        last = sum((size - 1) * stride for size, stride in zip(self.shape, self.strides, strict=True))
+        values = torch.randn(last + 1 if all(self.shape) else 0, dtype=self.dtype, device=self.device)
+        return values.as_strided(self.shape, self.strides)
+
+
+@dataclass
+class Product:
+    """One product of a gated linear: the gate, the role, and the arguments of the operator by name.
+
+    `calls` counts how often the step computed it.
+    """
+
+    gate: Gate
+    operator: str
+    arguments: dict[str, Any]
+    calls: int = 0
+
+    @property
+    def role(self) -> str:
+        """forward, dgrad or wgrad."""
+        return calls.ROLES[self.operator]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the input, or of the gradient that stands for it."""
+        return self._moving().dtype
+
+    @property
+    def sizes(self) -> tuple[int, int, int]:
+        """M, K, N."""
+        shape, (n, k) = self._moving().shape, self.gate.shape
+        return torch.Size(shape[:-1]).numel(), k, n
+
+    @property
+    def kernel(self) -> str:
+        """What computes it."""
+        weight = self.arguments["weight"]
+        types = (weight.device, self.dtype, weight.dtype)
+        reason = ops.why_no_kernel(*types, self.gate.block, self.arguments.get("activation", "none"))
+        return ops.kernel_name(*types) if reason is None else f"dense ({reason})"
+
+    @property
+    def dense_flops(self) -> float:
+        """2 M K N."""
+        m, k, n = self.sizes
+        return 2.0 * m * k * n
+
+    @property
+    def flops(self) -> float:
+        """Of the blocks that are computed: the active ones, and in wgrad the probed ones."""
+        return self.dense_flops * self._computed_share()
+
+    @property
+    def bytes(self) -> float:
+        """What has to be read and written at least once: input and output whole, of the weight the computed blocks."""
+        m, k, n = self.sizes
+        weight_bytes = k * n * self.arguments["weight"].element_size()
+        moved = m * (k + n) * self.dtype.itemsize + weight_bytes * self._computed_share()
+        if self.role == "wgrad":
+            return moved + weight_bytes  # the gradient, with zeros where nothing was computed
+        return moved + (m * n * self.dtype.itemsize if ops.saves_z(self.arguments.get("activation", "none")) else 0)
+
+    def ours(self, tensors: Callable[[Layout], Tensor]) -> Callable[[], object]:
+        """The operator, ready to call on `tensors` of its layouts."""
+        values = [tensors(v) if isinstance(v, Layout) else v for v in self.arguments.values()]
+        return partial(getattr(torch.ops.ctrlprune, self.operator).default, *values)
+
+    def dense(self, tensors: Callable[[Layout], Tensor]) -> Callable[[], object]:
+        """The framework's own product of the same, ready to call."""
+        weight = self.arguments["weight"].to(self.dtype)
+        if self.role == "forward":
+            bias = self.arguments["bias"]
+            return partial(
+                F.linear, tensors(self.arguments["x"]), weight, None if bias is None else bias.to(self.dtype)
+            )
+        grad = tensors(self.arguments["grad"]).reshape(-1, weight.shape[0])
+        if self.role == "dgrad":
+            return partial(torch.mm, grad, weight)
+        return partial(torch.mm, grad.t(), tensors(self.arguments["x"]).reshape(-1, weight.shape[1]))
+
+    def _moving(self) -> Layout:
+        return self.arguments["x" if self.role == "forward" else "grad"]
+
+    def _computed_share(self) -> float:
+        return self.gate.active_share + (self.gate.probed_share if self.role == "wgrad" else 0)
+
+
+@dataclass
+class Products:
+    """What `see` has seen, each different product once: another weight, role, layout or activation is another one."""
+
+    found: dict[tuple[Any, ...], Product] = field(default_factory=dict)
+
+    def see(self, operator: str, values: tuple[Any, ...]) -> None:
+        """Notes a call of one of our operators; `calls.observe` calls this."""
+        arguments = calls.named(operator, values)
+        gate = calls.gate_of(arguments)
+        if gate is None:
+            return
+        kept = {name: _kept(name, value) for name, value in arguments.items()}
+        layouts = tuple(value for value in kept.values() if isinstance(value, Layout | str))
+        product = self.found.setdefault((gate, operator, layouts), Product(gate, operator, kept))
+        product.calls += 1
+
+
+def _kept(name: str, value: Any) -> Any:
+    if isinstance(value, list):
+        return [tensor.detach() for tensor in value]
+    if not isinstance(value, Tensor):
+        return value
+    if name in ("x", "grad"):
+        return Layout(tuple(value.shape), value.stride(), value.dtype, value.device)
+    return value.detach()
