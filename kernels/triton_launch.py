@@ -1,0 +1,111 @@
+"""Runs a generated Triton kernel in a given tile: what its parameters are, how many programs it has.
+
+Nothing here reads a list or waits for the device.
+"""
+
+import contextlib
+import functools
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import triton_build, triton_rows, triton_wgrad
+from .index_lists import BlockLists
+from .triton_rows import Rows, RowsTile
+from .triton_wgrad import Wgrad, WgradTile
+
+Lists = tuple[Tensor, Tensor, Tensor]  # offsets, indices, order
+
+
+def aligned(*matrices: Tensor) -> bool:
+    """Whether tensor descriptors can read these: bases and row strides are multiples of 16 bytes, rows lie apart."""
+    return all(
+        matrix.data_ptr() % 16 == 0
+        and matrix.stride(1) == 1
+        and matrix.stride(0) * matrix.element_size() % 16 == 0
+        and matrix.stride(0) >= matrix.shape[1]
+        for matrix in matrices
+    )
+
+
+def readable(matrix: Tensor) -> Tensor:
+    """With a unit stride along rows, and rows so near that offsets inside a tile fit 32 bits."""
+    near = matrix.stride(1) == 1 and 0 <= matrix.stride(0) < 1 << 22
+    return matrix if near else matrix.contiguous()
+
+
+def run_rows(
+    kernel: Rows, tile: RowsTile, x: Tensor, weight: Tensor, bias: Tensor | None,
+    lists: Lists, y: Tensor, z: Tensor,
+) -> None:  # fmt: skip
+    """Writes y, and z where it is kept; lists are offsets, indices and order. x and weight are `readable`."""
+    rows, inputs = x.shape
+    outputs = y.shape[1]
+    if rows == 0:
+        return
+    module = _module(kernel, tile)
+    place = {
+        "x": x, "weight": weight, "bias": bias, "offsets": lists[0], "indices": lists[1], "order": lists[2], "y": y,
+        "z": z, "m": rows, "outputs": outputs, "inputs": inputs, "x_stride": x.stride(0),
+        "weight_stride": weight.stride(0),
+    }  # fmt: skip
+    if tile.descriptors:
+        weight_box = [kernel.columns, tile.step] if kernel.transposed else [tile.step, kernel.columns]
+        place["x"] = _descriptor(x, [tile.rows, tile.step])
+        place["weight"] = _descriptor(weight, weight_box)
+    programs = -(-outputs // kernel.outputs) * -(-rows // tile.rows)
+    arguments = [place[name] for name in triton_rows.parameters(kernel, tile)]
+    with _on(x.device):
+        module.rows_product[(programs,)](*arguments, num_warps=tile.warps, num_stages=tile.stages)
+
+
+def run_wgrad(
+    kernel: Wgrad, tile: WgradTile, grad_z: Tensor, x: Tensor, weight: Tensor, lists: BlockLists, probes: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The weight's gradient and the signals. grad_z, x and weight are `readable`."""
+    (rows, inputs), outputs = x.shape, weight.shape[0]
+    grad_weight = weight.new_empty(outputs, inputs)
+    signals = torch.empty(2, *lists.grid, dtype=torch.float32, device=weight.device)
+    if rows == 0:
+        return grad_weight.zero_(), signals.zero_()
+    module = _module(kernel, tile)
+    place = {
+        "grad_z": grad_z, "x": x, "weight": weight, "offsets": lists.crow_indices, "indices": lists.col_indices,
+        "probes": probes, "grad_weight": grad_weight, "signals": signals, "m": rows, "outputs": outputs,
+        "inputs": inputs, "probed": probes.numel(), "splits": tile.splits, "grad_z_stride": grad_z.stride(0),
+        "x_stride": x.stride(0), "weight_stride": weight.stride(0),
+    }  # fmt: skip
+    if tile.splits > 1:
+        place["partials"] = x.new_empty(tile.splits, outputs, inputs, dtype=torch.float32)
+    arguments = dict(place)
+    if tile.descriptors:
+        arguments["grad_z"] = _descriptor(grad_z, [tile.rows, kernel.sides[0]])
+        arguments["x"] = _descriptor(x, [tile.rows, kernel.sides[1]])
+    block_rows, block_columns = lists.grid
+    programs = probes.numel() + block_rows * -(-block_columns // tile.group)
+    options = {"num_warps": tile.warps, "num_stages": tile.stages}
+    with _on(x.device):
+        given = [arguments[name] for name in triton_wgrad.parameters(tile)]
+        module.weight_gradient[(programs, tile.splits)](*given, **options)
+        if tile.splits > 1:
+            given = [place[name] for name in triton_wgrad.FINISH_PARAMETERS]
+            module.finish[(block_rows * block_columns,)](*given, num_warps=8)
+    return grad_weight, signals
+
+
+@functools.cache
+def _module(kernel: Rows | Wgrad, tile: RowsTile | WgradTile) -> ModuleType:
+    family: Any = triton_rows if isinstance(kernel, Rows) else triton_wgrad
+    return triton_build.load(f"{kernel.name}_{tile.name}", family.source(kernel, tile))
+
+
+def _descriptor(matrix: Tensor, box: list[int]) -> Any:
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    return TensorDescriptor(matrix, list(matrix.shape), list(matrix.stride()), box)
+
+
+def _on(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()

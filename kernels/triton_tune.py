@@ -1,0 +1,228 @@
+"""Chooses a kernel's tile by the clock, once per device and shape, and remembers it on disk.
+
+In the same go it measures the dense product of the same role, which tells from which density on it is faster: the
+`crossover`. The first call with a shape compiles and times up to six tiles, ten to thirty seconds of a user's time,
+so that the lists of candidates are kept short; numbers of rows are tuned by powers of 2. Where nothing can be timed,
+while a CUDA graph is captured, without a GPU or with `CTRLCOMPILE_TUNE=0`, the best guess serves.
+
+What was found lies in one small file per case in the kernel cache. It is written at once, so that any number of
+processes may tune at a time; a file that cannot be read, or names no candidate, counts as none.
+"""
+
+import dataclasses
+import functools
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from . import build, index_lists, triton_build, triton_device, triton_launch, triton_rows, triton_wgrad
+from .build import KernelBuildError
+from .triton_rows import Rows, RowsTile
+from .triton_wgrad import Wgrad, WgradTile
+
+log = logging.getLogger(__name__)
+
+Tile = RowsTile | WgradTile
+# Seconds that a tile takes at a density; without a tile, those of the dense product.
+Clock = Callable[[Tile | None, float], float]
+
+_DENSITY = 0.4  # of the random mask that tiles are compared on
+_LOW, _HIGH = 0.25, 1.0  # of those that the crossover is computed from
+
+
+@dataclass(frozen=True)
+class Case:
+    """What a choice is made for; `m` is a power of 2."""
+
+    kernel: Rows | Wgrad
+    m: int
+    outputs: int
+    inputs: int
+    aligned: bool
+    device: torch.device
+
+    @property
+    def candidates(self) -> Sequence[Tile]:
+        """Tiles to choose from, best guess first."""
+        shape = (self.m, self.outputs, self.inputs, triton_device.of(self.device), self.aligned)
+        if isinstance(self.kernel, Rows):
+            return triton_rows.candidates(self.kernel, *shape)
+        return triton_wgrad.candidates(self.kernel, *shape)
+
+    @property
+    def name(self) -> str:
+        """What is tuned, in words; the choice is kept under them."""
+        import triton
+
+        shape = f"m {self.m} outputs {self.outputs} inputs {self.inputs}"
+        place = f"{triton_device.of(self.device).name}, triton {triton.__version__}, torch {torch.__version__}"
+        partial = " partial" if isinstance(self.kernel, Rows) and self.kernel.partial else ""
+        return f"{self.kernel.name}{partial} {shape}{' aligned' if self.aligned else ''} on {place}"
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The fastest tile, and the density above which the dense product is faster: 1 where it never is."""
+
+    tile: Tile
+    crossover: float
+
+
+def choose(
+    kernel: Rows | Wgrad, m: int, outputs: int, inputs: int, aligned: bool, device: torch.device
+) -> RowsTile | WgradTile:
+    """The tile for a call with `m` rows. Raises KernelBuildError when no candidate runs."""
+    return _choice(_case(kernel, m, outputs, inputs, aligned, device)).tile
+
+
+def crossover(kernel: Rows | Wgrad, m: int, outputs: int, inputs: int, device: torch.device) -> float:
+    """The density, 0 to 1, above which the framework's dense product is faster than the kernel.
+
+    1 where nothing was timed. For contiguous tensors. Raises KernelBuildError when no candidate runs.
+    """
+    aligned = all(size * kernel.dtype.itemsize % 16 == 0 for size in (outputs, inputs))
+    return _choice(_case(kernel, m, outputs, inputs, aligned, device)).crossover
+
+
+def decide(tiles: Sequence[Tile], clock: Clock) -> Choice:
+    """The fastest of `tiles` by `clock`; one that does not compile or run is passed over.
+
+    Raises KernelBuildError when none does.
+    """
+    seconds: dict[Tile, float] = {}
+    for tile in tiles:
+        try:
+            seconds[tile] = clock(tile, _DENSITY)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:
+            log.warning("tile %s does not run: %s", tile.name, error)
+    if not seconds:
+        raise KernelBuildError(
+            "no tile of a Triton kernel runs",
+            f"tried {', '.join(tile.name for tile in tiles) or 'none'}",
+            "Log at level WARNING says why each failed",
+        )
+    best = min(seconds, key=lambda tile: seconds[tile])
+    return Choice(best, _crossover(clock(best, _LOW), clock(best, _HIGH), clock(None, 1.0)))
+
+
+def _crossover(low: float, high: float, dense: float) -> float:
+    """Where the line through our two times meets the dense one's."""
+    slope = (high - low) / (_HIGH - _LOW)
+    if slope <= 0:
+        return 1.0 if high <= dense else 0.0
+    return min(max(_LOW + (dense - low) / slope, 0.0), 1.0)
+
+
+@functools.cache
+def _case(kernel: Rows | Wgrad, m: int, outputs: int, inputs: int, aligned: bool, device: torch.device) -> Case:
+    """One case for all that a tile does not depend on."""
+    if isinstance(kernel, Rows):
+        kernel = dataclasses.replace(kernel, activation="none", bias=False)
+    return Case(kernel, 1 << max(m.bit_length() - 1, 0), outputs, inputs, aligned, device)
+
+
+_known: dict[Case, Choice] = {}
+
+
+def _choice(case: Case) -> Choice:
+    known = _known.get(case)
+    if known is not None:
+        return known
+    candidates = case.candidates
+    if not candidates:
+        raise KernelBuildError(
+            f"no tile of {case.kernel.name} fits {triton_device.of(case.device).name}",
+            "it has too little shared memory",
+            "Choose smaller blocks",
+        )
+    if not _may_time(case.device):
+        return Choice(candidates[0], 1.0)
+    choice = _read(case, candidates)
+    if choice is None:
+        try:
+            choice = decide(candidates, _device_clock(case))
+        except torch.OutOfMemoryError:
+            log.warning("%s: too little memory to tune in; the best guess serves", case.name)
+            return Choice(candidates[0], 1.0)
+        _write(case, choice)
+        log.info("%s: tile %s, dense above density %.2f", case.name, choice.tile.name, choice.crossover)
+    _known[case] = choice
+    return choice
+
+
+def _may_time(device: torch.device) -> bool:
+    if device.type != "cuda" or os.environ.get("CTRLCOMPILE_TUNE") == "0":
+        return False
+    return not torch.cuda.is_current_stream_capturing()
+
+
+def _device_clock(case: Case) -> Clock:
+    """Times on the case's device, with random numbers of its own: the framework's random state stays as it is."""
+    from triton.testing import do_bench
+
+    kernel = case.kernel
+    random = torch.Generator(case.device).manual_seed(0)
+
+    def normal(rows: int, columns: int) -> torch.Tensor:
+        return torch.randn(rows, columns, generator=random, device=case.device, dtype=kernel.dtype)
+
+    forward = isinstance(kernel, Rows) and kernel.transposed
+    shape = (case.outputs, case.inputs)
+    weight = normal(*(shape if forward or isinstance(kernel, Wgrad) else shape[::-1]))
+    x = normal(case.m, case.inputs)
+    y = normal(case.m, case.outputs)
+    no_probes = torch.empty(0, dtype=torch.int32, device=case.device)
+    block = (kernel.outputs, kernel.inputs)
+
+    def clock(tile: Tile | None, density: float) -> float:
+        grid = index_lists.grid_shape((case.outputs, case.inputs), block)
+        lists = index_lists.build(torch.rand(grid, generator=random, device=case.device) < density)
+
+        def ours() -> object:
+            if isinstance(kernel, Rows):
+                assert isinstance(tile, RowsTile)
+                order = (lists.crow_indices, lists.col_indices, lists.row_order)
+                return triton_launch.run_rows(kernel, tile, x, weight, None, order, y, y)
+            assert isinstance(tile, WgradTile)
+            return triton_launch.run_wgrad(kernel, tile, y, x, weight, lists, no_probes)
+
+        def dense() -> object:
+            if isinstance(kernel, Wgrad):
+                return y.t() @ x
+            return torch.mm(x, weight.t() if forward else weight, out=y)
+
+        with torch.cuda.device(case.device), torch.no_grad():
+            return do_bench(dense if tile is None else ours, warmup=10, rep=40, return_mode="median") / 1e3
+
+    return clock
+
+
+def _path(case: Case) -> str:
+    return f"tuned_{case.kernel.name}_{hashlib.sha256(case.name.encode()).hexdigest()[:16]}.json"
+
+
+def _read(case: Case, candidates: Sequence[Tile]) -> Choice | None:
+    try:
+        found = json.loads((build.cache_folder() / _path(case)).read_text())
+        crossover = float(found["crossover"])
+        for tile in candidates:
+            if found["case"] == case.name and found["tile"] == dataclasses.asdict(tile) and 0 <= crossover <= 1:
+                return Choice(tile, crossover)
+    except (OSError, ValueError, KeyError, TypeError):
+        pass
+    return None
+
+
+def _write(case: Case, choice: Choice) -> None:
+    content = {"case": case.name, "tile": dataclasses.asdict(choice.tile), "crossover": choice.crossover}
+    try:
+        triton_build.write(build.cache_folder() / _path(case), json.dumps(content, indent=1) + "\n")
+    except OSError as error:
+        log.warning("%s: the tuned tile could not be kept: %s", case.name, error)

@@ -1,0 +1,407 @@
+"""Triton for the weight gradient of active blocks, `g[r, c] = grad_z[:, block r].T @ x[:, block c]`, and what it tells.
+
+A block row's columns are taken in slots: first the listed blocks, then the masked ones. One program has `group`
+consecutive slots. Listed blocks it multiplies together, so that grad_z's strip is read once for all of them; masked
+ones it fills with zeros. So every entry is written once, no memory is cleared beforehand, and at any density the
+programs share both kinds of work without a list of masked blocks. Probed blocks have programs of their own.
+
+Where there are too few blocks to fill the device, the rows of x are split among several programs per block, which
+leave their sums in scratch memory; a second kernel, `finish`, adds them in a fixed order. Nothing is added atomically:
+results repeat to the last bit.
+"""
+
+import math
+import re
+from dataclasses import dataclass, replace
+
+import torch
+
+from .triton_device import Device
+from .triton_rows import DTYPES
+
+FINISH_PARAMETERS = (
+    "partials", "weight", "offsets", "indices", "probes", "grad_weight", "signals", "outputs", "inputs", "probed",
+    "splits", "weight_stride",
+)  # fmt: skip
+_EXPECTED_DENSITY = 0.4  # for the model that ranks tiles
+_SPLITS = (1, 2, 4, 8, 16)
+
+
+@dataclass(frozen=True)
+class Wgrad:
+    """What one kernel computes; everything that its text depends on but the tile."""
+
+    outputs: int  # side of a block along the output's columns
+    inputs: int  # side of a block along the input's columns
+    dtype: torch.dtype
+    precision: str = "ieee"  # of products of float32: ieee or tf32
+
+    @property
+    def name(self) -> str:
+        """Begins the file name."""
+        types = DTYPES[self.dtype] + ("_tf32" if self.precision == "tf32" else "")
+        return f"linear_wgrad_{self.outputs}x{self.inputs}_{types}"
+
+    @property
+    def sides(self) -> tuple[int, int]:
+        """Sides of a block in registers: filled up to powers of 2."""
+        return 1 << (self.outputs - 1).bit_length(), 1 << (self.inputs - 1).bit_length()
+
+
+@dataclass(frozen=True)
+class WgradTile:
+    """How one program computes its blocks."""
+
+    rows: int  # of x and grad_z in one iteration
+    group: int  # blocks of one row
+    warps: int
+    stages: int
+    descriptors: bool = False
+    splits: int = 1  # programs that share the rows of x; more than one: sums go through scratch memory
+
+    @property
+    def name(self) -> str:
+        """Ends the file name."""
+        kind = ("d" if self.descriptors else "") + ("p" if self.splits > 1 else "")
+        return f"{self.rows}x{self.group}{kind}_{self.warps}w{self.stages}"
+
+
+def candidates(
+    kernel: Wgrad, m: int, outputs: int, inputs: int, device: Device, descriptors: bool = False
+) -> list[WgradTile]:
+    """Tiles that fit the device, best guess first, at most six, for grad_z `[m, outputs]` and x `[m, inputs]`.
+
+    `descriptors`: whether base addresses and row strides of x and grad_z are multiples of 16 bytes. Both ways of
+    loading then stay in the race: which one wins is for a clock to say.
+    """
+    fitting = [tile for tile in _tiles(kernel, m, inputs, device) if fits(kernel, tile, device)]
+    fitting.sort(key=lambda tile: _seconds(kernel, tile, m, outputs, inputs, device))
+    pointers = [tile for tile in fitting if not tile.descriptors]
+    if not descriptors or not any(tile.descriptors for tile in fitting):
+        return pointers[:6]
+    best = [tile for tile in fitting if tile.descriptors][:3] + pointers[:3]
+    return sorted(best, key=fitting.index)
+
+
+def fits(kernel: Wgrad, tile: WgradTile, device: Device) -> bool:
+    """Whether the device holds the tile: its buffers in shared memory and its sums in registers."""
+    if kernel.dtype == torch.float32:
+        most = 32 if kernel.precision == "ieee" else 64
+    else:
+        most = 128 if device.warp_group_products else 64
+    out, into = kernel.sides
+    sums = out * into * tile.group / (32 * tile.warps)  # registers of a thread
+    return sums <= most and _resident(kernel, tile, device) > 0
+
+
+def shared_bytes(kernel: Wgrad, tile: WgradTile) -> int:
+    """Upper bound of the shared memory that a program takes."""
+    out, into = kernel.sides
+    buffers = tile.stages * tile.rows * (out + into * tile.group) * kernel.dtype.itemsize
+    return max(buffers + 128 * tile.stages, out * (into * tile.group + 8) * 4)
+
+
+def _tiles(kernel: Wgrad, m: int, inputs: int, device: Device) -> list[WgradTile]:
+    """Every tile worth a thought for the block and the type, whether it fits or not."""
+    into = kernel.sides[1]
+    half = kernel.dtype != torch.float32
+    columns = -(-inputs // kernel.inputs)
+    tiles = []
+    for width in (64, 128, 256) if half else (32, 64):
+        group = min(max(1, width // into), 1 << (columns - 1).bit_length())
+        for warps in (4, 8):
+            rows, stages = (64, 4 if device.warp_group_products else 3) if half else (16, 3)
+            tile = WgradTile(rows, group, warps, stages)
+            # One descriptor loads the columns of one block, and each block has sums of its own.
+            with_descriptors = half and device.descriptors and into >= 64 and group <= 4
+            for way in (True, False) if with_descriptors else (False,):
+                for splits in _SPLITS:
+                    if splits == 1 or m >= 256 * splits:
+                        tiles.append(replace(tile, descriptors=way, splits=splits))
+    return list(dict.fromkeys(tiles))
+
+
+def _resident(kernel: Wgrad, tile: WgradTile, device: Device) -> int:
+    """Programs that one multiprocessor holds at a time; 0 where not even one fits."""
+    out, into = kernel.sides
+    registers = min(64 + out * into * tile.group // (32 * tile.warps), 255)
+    by_memory = (device.shared_memory + 1024) // (shared_bytes(kernel, tile) + 1024)
+    return min(by_memory, device.registers // (32 * tile.warps * registers), 8)
+
+
+def _seconds(kernel: Wgrad, tile: WgradTile, m: int, outputs: int, inputs: int, device: Device) -> float:
+    """What the tile would take if nothing but products, the second-level cache and waiting cost anything."""
+    out, into = kernel.sides
+    rows, columns = -(-outputs // kernel.outputs), -(-inputs // kernel.inputs)
+    programs = rows * -(-math.ceil(_EXPECTED_DENSITY * columns) // tile.group) * tile.splits
+    active = min(_resident(kernel, tile, device), -(-programs // device.multiprocessors))
+    across = into if tile.descriptors else into * tile.group
+    if device.warp_group_products:
+        waste = max(1, 64 / out) * max(1, (16 + min(across, 256) / 4) / (min(across, 256) / 2))
+    else:
+        waste = max(1, 32 / out) * max(1, 64 / across)
+    rate = device.half_flops * (1 if kernel.dtype != torch.float32 else 0.4 if kernel.precision == "tf32" else 0.06)
+    products = 2 * out * into * tile.group * tile.rows * waste * device.multiprocessors / rate
+    loads = tile.rows * (out + into * tile.group) * kernel.dtype.itemsize
+    loads *= device.multiprocessors / device.second_level
+    step = max(active * products, active * loads, products + (0.10e-6 if tile.descriptors else 0.13e-6))
+    waves = programs / (device.multiprocessors * active)
+    steps = -(-m // (tile.rows * tile.splits))
+    # Programs are short and many, so that the last wave is seldom a whole one: half of its rounding up.
+    rounds = max(1.0, (waves + math.ceil(waves)) / 2)
+    scratch = (tile.splits > 1) * (6e-6 + 2 * 4 * tile.splits * _EXPECTED_DENSITY * outputs * inputs / 2e12)
+    return rounds * (step * steps + 4e-6) + scratch
+
+
+def parameters(tile: WgradTile) -> list[str]:
+    """Names of what the kernel takes, in order; a tile with descriptors takes those of `grad_z` and `x`."""
+    given = ["grad_z", "x", "offsets", "indices", "probes"]
+    given += ["partials"] if tile.splits > 1 else ["weight", "grad_weight", "signals"]
+    given += ["m", "outputs", "inputs", "probed"] + ["splits"] * (tile.splits > 1)
+    given += ["grad_z_stride", "x_stride"] * (not tile.descriptors)
+    return given + ["weight_stride"] * (tile.splits == 1)
+
+
+def source(kernel: Wgrad, tile: WgradTile) -> str:
+    """The text of a module with the kernel, `weight_gradient`, and, for split rows, `finish`.
+
+    It runs on `probed + block_rows * ceil(block_columns / group)` programs, by `splits`; `finish` on one per block.
+    """
+    out, into = kernel.sides
+    constants = {
+        "BLOCK_OUT": (kernel.outputs, "output columns of a block"),
+        "BLOCK_IN": (kernel.inputs, "input columns of a block"),
+        "OUT": (out, "the same, filled up to powers of 2"),
+        "IN": (into, "the same, filled up to powers of 2"),
+        "GROUP": (tile.group, "blocks of a program"),
+        "ROWS": (tile.rows, "rows of x and grad_z in one iteration"),
+        "SCAN": (128, "entries of a list that are looked at together"),
+    }
+    split = tile.splits > 1
+    body = f"""
+@triton.jit(do_not_specialize=["m", "probed"{', "splits"' * split}])
+def weight_gradient({", ".join(parameters(tile))}):
+    # Which slots: those of a probe, or a group of a block row's.
+    block_columns = (inputs + BLOCK_IN - 1) // BLOCK_IN
+    groups = (block_columns + GROUP - 1) // GROUP
+    program = tl.program_id(0)
+    is_probe = program < probed
+    probe = tl.load(probes + program, mask=is_probe, other=0)
+    if probe < 0:
+        return
+    r = tl.where(is_probe, probe // block_columns, (program - probed) // groups)
+    first = tl.where(is_probe, 0, (program - probed) % groups * GROUP)
+    start = tl.load(offsets + r)
+    length = tl.where(is_probe, 0, tl.load(offsets + r + 1) - start)
+    indices += start
+    output = r * BLOCK_OUT + tl.arange(0, OUT)
+    inside = output < tl.minimum(outputs, (r + 1) * BLOCK_OUT)
+    output_at = output.to(tl.int64) * inputs
+{"" if split else _ZERO}
+    # The products of the listed ones.
+    if first >= tl.where(is_probe, 1, length):
+        return
+    probed_block = tl.where(is_probe, probe % block_columns, block_columns)
+{_SPLIT if split else _WHOLE}"""
+    body += _descriptor_sums(kernel, tile) if tile.descriptors else _pointer_sums(kernel, split)
+    for share in range(tile.group) if tile.descriptors else [None]:
+        body += _SHARE.format(share) if share is not None else ""
+        body += _STORE_SPLIT if split else _STORE + (_SIGNALS_OF_BLOCK if tile.descriptors else _SIGNALS_OF_GROUP)
+    body = _HELPERS + body + (_FINISH.replace("$PARAMETERS", ", ".join(FINISH_PARAMETERS)) if split else "")
+    named = "".join(
+        f"{name} = tl.constexpr({value})  # {what}\n"
+        for name, (value, what) in constants.items()
+        if re.search(rf"\b{name}\b", body)
+    )
+    return f'''"""Block-sparse linear, weight gradient, {DTYPES[kernel.dtype]}.
+
+Blocks of {kernel.outputs} x {kernel.inputs} (columns of the output x of the input).
+Made for {tile.warps} warps and {tile.stages} stages. Generated; kept for whoever wants to read it.
+"""
+
+import triton
+import triton.language as tl
+
+{named}
+{body}'''
+
+
+_HELPERS = """
+@triton.jit
+def masked_block(indices, length, rank):
+    # The masked block with `rank` masked ones before it: before it lie the listed ones with no more than that.
+    block = rank
+    lane = tl.arange(0, SCAN)
+    for at in range(0, length, SCAN):
+        place = at + lane
+        listed = tl.load(indices + place, mask=place < length, other=2**30)
+        block += tl.sum((listed - place <= rank).to(tl.int32), 0)
+    return block
+
+
+@triton.jit
+def probes_of(probes, probed, block):
+    # How many of the probes are of this block.
+    hits = 0
+    lane = tl.arange(0, SCAN)
+    for at in range(0, probed, SCAN):
+        probe = tl.load(probes + at + lane, mask=at + lane < probed, other=-1)
+        hits += tl.sum((probe == block).to(tl.int32), 0)
+    return hits
+
+"""
+
+_ZERO = """
+    # Zeros for the masked ones among them.
+    blocks = (outputs + BLOCK_OUT - 1) // BLOCK_OUT * block_columns
+    for slot in range(tl.maximum(first, length), tl.where(is_probe, 0, tl.minimum(first + GROUP, block_columns))):
+        block = masked_block(indices, length, slot - length)
+        column = block * BLOCK_IN + tl.arange(0, IN)
+        mask = inside[:, None] & (column < tl.minimum(inputs, (block + 1) * BLOCK_IN))[None, :]
+        zero = tl.full((OUT, IN), 0.0, grad_weight.dtype.element_ty)
+        tl.store(grad_weight + (output_at[:, None] + column[None, :]), zero, mask=mask)
+        at = r * block_columns + block
+        tl.store(signals + at, 0.0)
+        # The squares of a probed block are its probe's to write.
+        tl.store(signals + blocks + at, 0.0, mask=probes_of(probes, probed, at) == 0)
+"""
+
+_WHOLE = """\
+    row_first = 0
+    row_last = m
+"""
+
+_SPLIT = """\
+    rows_each = (m + ROWS * splits - 1) // (ROWS * splits) * ROWS
+    row_first = tl.program_id(1) * rows_each
+    row_last = tl.minimum(m, row_first + rows_each)
+"""
+
+# Columns of one block of the sums.
+_SHARE = """\
+    acc = acc_{0}
+    column = column_{0} + tl.arange(0, IN)
+    near = (tl.arange(0, IN) < BLOCK_IN) & (column < inputs)
+"""
+
+_STORE_SPLIT = """\
+    mask = inside[:, None] & near[None, :]
+    place = tl.program_id(1).to(tl.int64) * outputs * inputs
+    tl.store(partials + place + (output_at[:, None] + column[None, :]), acc, mask=mask)
+"""
+
+_STORE = """\
+    mask = inside[:, None] & near[None, :]
+    acc = tl.where(mask, acc, 0.0)
+    squares = tl.sum(acc * acc, 0)
+    # Of a probe, nothing is kept but the squares.
+    mask = mask & (program >= probed)
+    weight_at = output.to(tl.int64) * weight_stride
+    w = tl.load(weight + (weight_at[:, None] + column[None, :]), mask=mask, other=0.0)
+    products = tl.sum(w.to(tl.float32) * acc, 0)
+    tl.store(grad_weight + (output_at[:, None] + column[None, :]), acc.to(grad_weight.dtype.element_ty), mask=mask)
+"""
+
+_SIGNALS_OF_GROUP = """\
+    slot = first + tl.arange(0, GROUP)
+    block = tl.load(indices + slot, mask=slot < length, other=block_columns)
+    block = tl.where(slot == 0, tl.minimum(block, probed_block), block)
+    at = r * block_columns + block
+    tl.store(signals + at, tl.sum(tl.reshape(products, (GROUP, IN)), 1), mask=block < block_columns)
+    tl.store(signals + blocks + at, tl.sum(tl.reshape(squares, (GROUP, IN)), 1), mask=block < block_columns)
+"""
+
+_SIGNALS_OF_BLOCK = """\
+    at = r * block_columns + tl.min(column, 0) // BLOCK_IN
+    tl.store(signals + at, tl.sum(products, 0), mask=tl.min(column, 0) < inputs)
+    tl.store(signals + blocks + at, tl.sum(squares, 0), mask=tl.min(column, 0) < inputs)
+"""
+
+_FINISH = """
+
+@triton.jit(do_not_specialize=["probed", "splits"])
+def finish(
+    $PARAMETERS
+):
+    # One slot of a block row: adds what the splits left, rounds it once, and tells what it was.
+    block_columns = (inputs + BLOCK_IN - 1) // BLOCK_IN
+    blocks = (outputs + BLOCK_OUT - 1) // BLOCK_OUT * block_columns
+    r = tl.program_id(0) // block_columns
+    slot = tl.program_id(0) % block_columns
+    start = tl.load(offsets + r)
+    length = tl.load(offsets + r + 1) - start
+    active = slot < length
+    block = tl.load(indices + start + slot, mask=active, other=0)
+    if slot >= length:
+        block = masked_block(indices + start, length, slot - length)
+    at = r * block_columns + block
+    measured = active | (probes_of(probes, probed, at) > 0)
+    output = r * BLOCK_OUT + tl.arange(0, OUT)
+    column = block * BLOCK_IN + tl.arange(0, IN)
+    inside = output < tl.minimum(outputs, (r + 1) * BLOCK_OUT)
+    mask = inside[:, None] & (column < tl.minimum(inputs, (block + 1) * BLOCK_IN))[None, :]
+    entries = (output.to(tl.int64) * inputs)[:, None] + column[None, :]
+    stride = tl.cast(outputs, tl.int64) * inputs
+    acc = tl.full((OUT, IN), 0.0, tl.float32)
+    for _ in range(0, tl.where(measured, splits, 0)):
+        acc += tl.load(partials + entries, mask=mask, other=0.0)
+        partials += stride
+    weight_at = output.to(tl.int64) * weight_stride
+    w = tl.load(weight + (weight_at[:, None] + column[None, :]), mask=mask & active, other=0.0)
+    kept = tl.where(active, acc, 0.0)
+    tl.store(grad_weight + entries, kept.to(grad_weight.dtype.element_ty), mask=mask)
+    tl.store(signals + at, tl.sum(tl.sum(w.to(tl.float32) * acc, 0), 0))
+    tl.store(signals + blocks + at, tl.sum(tl.sum(acc * acc, 0), 0))
+"""
+
+
+def _pointer_sums(kernel: Wgrad, split: bool) -> str:
+    """All blocks of the program in one product, their columns gathered."""
+    hint = kernel.inputs & -kernel.inputs
+    moved = (
+        "    grad_z += row_first.to(tl.int64) * grad_z_stride\n    x += row_first.to(tl.int64) * x_stride\n"
+        if split
+        else ""
+    )
+    return f"""\
+    lane = tl.arange(0, GROUP * IN)
+    slot = first + lane // IN
+    block = tl.load(indices + slot, mask=slot < length, other=block_columns)
+    block = tl.where(slot == 0, tl.minimum(block, probed_block), block)
+    column = tl.max_contiguous(tl.multiple_of(block * BLOCK_IN + lane % IN, {hint}), IN)
+    near = (lane % IN < BLOCK_IN) & (column < inputs)
+    rows = tl.arange(0, ROWS)
+    z_tile = (rows * grad_z_stride)[:, None] + output[None, :]
+    x_tile = (rows * x_stride)[:, None] + column[None, :]
+{moved}    acc = tl.full((OUT, GROUP * IN), 0.0, tl.float32)
+    for row in range(row_first, row_last, ROWS):
+        left = (rows < row_last - row)[:, None]
+        z_part = tl.load(grad_z + z_tile, mask=left & inside[None, :], other=0.0)
+        x_part = tl.load(x + x_tile, mask=left & near[None, :], other=0.0)
+        acc = tl.dot(tl.trans(z_part), x_part, acc{_precision(kernel)})
+        grad_z += ROWS * grad_z_stride
+        x += ROWS * x_stride
+"""
+
+
+def _descriptor_sums(kernel: Wgrad, tile: WgradTile) -> str:
+    """A product for each block of the program."""
+    columns = "".join(
+        f"    column_{share} = tl.load(indices + first + {share}, mask=first + {share} < length, other=block_columns)"
+        " * BLOCK_IN\n"
+        for share in range(tile.group)
+    )
+    sums = "".join(f"    acc_{share} = tl.full((OUT, IN), 0.0, tl.float32)\n" for share in range(tile.group))
+    products = "".join(
+        f"        acc_{share} = tl.dot(z_part, x.load([row, column_{share}]), acc_{share}{_precision(kernel)})\n"
+        for share in range(tile.group)
+    )
+    return f"""\
+{columns}    column_0 = tl.where(is_probe, probed_block * BLOCK_IN, column_0)
+{sums}    for row in range(row_first, row_last, ROWS):
+        z_part = tl.trans(grad_z.load([row, r * BLOCK_OUT]))
+{products}"""
+
+
+def _precision(kernel: Wgrad) -> str:
+    return f', input_precision="{kernel.precision}"' if kernel.dtype == torch.float32 else ""
