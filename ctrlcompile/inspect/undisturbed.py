@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._dynamo.exc import BackendCompilerFailed
+from torch._dynamo.exc import BackendCompilerFailed, TorchDynamoException
 from torch.utils._pytree import tree_map_only
 
 from ctrlcompile.region import Visit
@@ -44,7 +44,10 @@ def call(model: nn.Module, inputs: Sequence[Any], named_inputs: Mapping[str, Any
         raise
     except (TypeError, ValueError, IndexError, KeyError, RuntimeError) as error:
         given = [*map(_described, inputs), *(f"{name}={_described(value)}" for name, value in named_inputs.items())]
-        why = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        cause: BaseException = error
+        while isinstance(cause, TorchDynamoException) and (inner := cause.__cause__ or cause.__context__):
+            cause = inner
+        why = next(iter(str(cause).strip().splitlines()), type(cause).__name__)
         raise ValueError(f"the model does not run on inputs ({', '.join(given)}): {why}") from error
 
 

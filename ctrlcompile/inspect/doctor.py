@@ -1,0 +1,172 @@
+"""What of this machine and installation works, what does not, and what to do about it."""
+
+import importlib
+import importlib.metadata
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from ctrlcompile import ops
+from ctrlcompile.kernels import build, index_lists, isa, reference
+
+OLDEST_TORCH = (2, 11)
+_TIMEOUT_S = 600
+_WORSE_THAN_DENSE = 10  # times the error of a dense float32 product that a kernel's may be
+
+
+@dataclass(frozen=True)
+class Check:
+    """One thing looked at: `missing` is what this machine does without, `broken` what has to be put right."""
+
+    what: str
+    state: Literal["works", "missing", "broken"]
+    found: str
+    advice: str = ""
+
+
+def checks() -> Iterator[Check]:
+    """Looks at everything in turn; builds kernels in a folder of their own and compares what they compute."""
+    yield _torch()
+    yield _backend()
+    yield _compiler()
+    yield _instructions()
+    yield _kernels("cpu")
+    yield _triton()
+    if torch.cuda.is_available():
+        major, minor = torch.cuda.get_device_capability()
+        yield Check("GPU", "works", f"{torch.cuda.get_device_name()}, compute capability {major}.{minor}")
+        yield _kernels("cuda")
+    else:
+        yield Check("GPU", "missing", f"none that this PyTorch ({torch.__version__}) can use: models run on the CPU")
+    yield _cache()
+
+
+def _torch() -> Check:
+    found = f"PyTorch {torch.__version__}, Python {sys.version.split()[0]}"
+    if torch.__version__ >= OLDEST_TORCH:
+        return Check("PyTorch", "works", found)
+    oldest = ".".join(map(str, OLDEST_TORCH))
+    return Check("PyTorch", "broken", found, f"Install PyTorch {oldest} or newer")
+
+
+def _backend() -> Check:
+    if importlib.metadata.entry_points(group="torch_dynamo_backends", name="ctrlprune"):
+        return Check("backend", "works", "torch.compile finds backend='ctrlprune'")
+    advice = (
+        "Install the package (pip install ctrlcompile, or pip install -e . in its repository); a copy is not enough"
+    )
+    return Check("backend", "broken", "torch.compile does not find backend='ctrlprune'", advice)
+
+
+def _compiler() -> Check:
+    try:
+        program = build.compiler()
+        version = subprocess.run((*program, "--version"), capture_output=True, text=True, timeout=_TIMEOUT_S).stdout
+    except build.KernelBuildError as error:
+        return Check("C++ compiler", "broken", f"{error.what}: {error.why}", error.advice)
+    except (OSError, subprocess.SubprocessError) as error:
+        return Check("C++ compiler", "broken", str(error), "Set CXX to one that works")
+    return Check("C++ compiler", "works", f"{' '.join(program)}: {next(iter(version.splitlines()), '')}")
+
+
+def _instructions() -> Check:
+    capability = torch.backends.cpu.get_cpu_capability()
+    try:
+        target = isa.current()
+    except ValueError as error:
+        return Check("instruction set", "broken", str(error), "Unset CTRLCOMPILE_ISA")
+    chosen = " by CTRLCOMPILE_ISA" if os.environ.get("CTRLCOMPILE_ISA") else ""
+    return Check("instruction set", "works", f"kernels for {target.name}{chosen}; PyTorch runs {capability}")
+
+
+def _kernels(device: str) -> Check:
+    what = "CPU kernels" if device == "cpu" else "GPU kernels"
+    command = [sys.executable, "-c", f"from ctrlcompile.inspect.doctor import probe; probe({device!r})"]
+    # In a process of its own, since a wrong instruction set ends it.
+    with tempfile.TemporaryDirectory(prefix="ctrlcompile-doctor-") as folder:
+        environment = {**os.environ, "CTRLCOMPILE_CACHE_DIR": folder}
+        try:
+            done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=_TIMEOUT_S)
+        except subprocess.TimeoutExpired:
+            return Check(what, "broken", f"did not finish within {_TIMEOUT_S} s", "Look at the C++ compiler")
+    if done.returncode < 0:
+        advice = "Unset CTRLCOMPILE_ISA" if os.environ.get("CTRLCOMPILE_ISA") else "Set CTRLCOMPILE_ISA=portable"
+        return Check(what, "broken", f"end the process with {signal.Signals(-done.returncode).name}", advice)
+    if done.returncode:
+        return Check(what, "broken", done.stderr.strip().splitlines()[-1], "See the lines above; models run densely")
+    result = json.loads(done.stdout.splitlines()[-1])
+    if result["reason"] is not None:
+        return Check(what, "missing", f"{result['reason']}: gated layers are computed densely there")
+    found = f"built and run; error {result['error']:.1e}, a dense product's {result['dense_error']:.1e}"
+    if result["error"] <= _WORSE_THAN_DENSE * result["dense_error"]:
+        return Check(what, "works", found)
+    return Check(what, "broken", found, "Set CTRLCOMPILE_ISA=portable, or CXX to another compiler, and look again")
+
+
+def probe(device_type: str) -> None:
+    """Prints, as JSON, why kernels cannot run on a device, or else their largest error and that of dense products."""
+    device, block, (m, k, n) = torch.device(device_type), (16, 32), (70, 150, 90)
+    reason = ops.why_no_kernel(device, torch.float32, torch.float32, block, "relu", strict=True)
+    if reason is not None:
+        print(json.dumps({"reason": reason}))
+        return
+    x, grad, weight, bias = (torch.randn(*size, device=device) for size in ((m, k), (m, n), (n, k), (n,)))
+    mask = torch.rand(index_lists.grid_shape((n, k), block), device=device) < 0.5
+    lists, probes = list(index_lists.build(mask)), torch.full((1,), -1, dtype=torch.int32, device=device)
+    signals = torch.zeros(2, *mask.shape, device=device)
+    ours = (
+        ops.linear(x, weight, bias, signals, lists, probes, *block, "relu")[0],
+        ops.linear_dgrad(grad, weight, lists, *block),
+        ops.linear_wgrad(grad, x, weight, lists, probes, *block)[0],
+    )
+
+    def dense(dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
+        x_, grad_, weight_, bias_ = (tensor.to(dtype) for tensor in (x, grad, weight, bias))
+        return (
+            reference.linear(x_, weight_, bias_, mask, block, "relu")[0],
+            reference.linear_dgrad(grad_, weight_, mask, block),
+            reference.linear_wgrad(grad_, x_, weight_, mask, probes, block)[0],
+        )
+
+    exact = dense(torch.float64)
+
+    def error(results: tuple[torch.Tensor, ...]) -> float:
+        return max(float((result - right).abs().max()) for result, right in zip(results, exact, strict=True))
+
+    print(json.dumps({"reason": None, "error": error(ours), "dense_error": error(dense(torch.float32))}))
+
+
+def _triton() -> Check:
+    try:
+        version = importlib.import_module("triton").__version__
+    except ImportError as error:
+        advice = "" if not torch.cuda.is_available() else "Install the Triton that goes with this PyTorch"
+        state: Literal["missing", "broken"] = "broken" if torch.cuda.is_available() else "missing"
+        return Check("Triton", state, f"not installed ({error}): only a GPU needs it", advice)
+    return Check("Triton", "works", f"Triton {version}")
+
+
+def _cache() -> Check:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        folder = build.cache_folder()
+    if caught:
+        return Check("kernel cache", "broken", str(caught[0].message).split(". ")[0], "Set CTRLCOMPILE_CACHE_DIR")
+    found = libraries(folder)
+    size = sum(path.stat().st_size for path in found)
+    return Check("kernel cache", "works", f"{folder}: {len(found)} kernels, {size / 1e6:.1f} MB")
+
+
+def libraries(folder: Path) -> list[Path]:
+    """The compiled kernels that lie in a cache folder; each may have its source beside it, ending in `.cpp`."""
+    return sorted(folder.glob(f"*_{'[0-9a-f]' * 16}.so"))
