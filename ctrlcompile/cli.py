@@ -57,7 +57,7 @@ class Target(click.ParamType):
         found = getattr(module, attribute, None)
         if not callable(found):
             self.fail(f"{place} has no callable {attribute!r}", param, ctx)
-        return found  # type: ignore[no-any-return]
+        return found
 
 
 def _run_file(path: Path) -> Any:

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import fx
-from torch._logging import trace_structured
+from torch._logging._internal import trace_structured
 
 from ctrlcompile.passes.fuse_activation import fuse_activation
 from ctrlcompile.passes.gate_linear import gate_linear
@@ -65,7 +65,7 @@ def run(
     """
     changes = []
     text = _text(gm)
-    _trace("0_before_passes", text)
+    _trace("0_before_passes", lambda: text)
     for number, graph_pass in enumerate(passes, 1):
         before = _operators(gm)
         gm = graph_pass(gm, example_inputs)
@@ -77,8 +77,7 @@ def run(
         logger.info("%d. %s: %s", number, change.name, summary)
         if logger.isEnabledFor(logging.DEBUG):
             logger.debug("%s", change.diff)
-        _trace(f"{number}_{change.name}", change.after)
-        _trace(f"{number}_{change.name}_diff", lambda change=change: change.diff)
+        _trace_change(number, change)
         changes.append(change)
     return gm, tuple(changes)
 
@@ -90,12 +89,13 @@ def _text(gm: fx.GraphModule) -> str:
     return _RELEASES.sub("", gm.print_readable(print_output=False, expanded_def=True))
 
 
-def _trace(name: str, text: str | Callable[[], str]) -> None:
-    trace_structured(
-        "artifact",
-        lambda: {"name": f"ctrlcompile_{name}", "encoding": "string"},
-        payload_fn=text if callable(text) else lambda: text,
-    )
+def _trace_change(number: int, change: Change) -> None:
+    _trace(f"{number}_{change.name}", lambda: change.after)
+    _trace(f"{number}_{change.name}_diff", lambda: change.diff)
+
+
+def _trace(name: str, text: Callable[[], str]) -> None:
+    trace_structured("artifact", lambda: {"name": f"ctrlcompile_{name}", "encoding": "string"}, payload_fn=text)
 
 
 def _name(graph_pass: Pass) -> str:

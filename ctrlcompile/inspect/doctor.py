@@ -19,7 +19,7 @@ import torch
 from ctrlcompile import ops
 from ctrlcompile.kernels import build, index_lists, isa, reference
 
-OLDEST_TORCH = (2, 11)
+OLDEST_TORCH = "2.11"
 _TIMEOUT_S = 600
 _WORSE_THAN_DENSE = 10  # times the error of a dense float32 product that a kernel's may be
 
@@ -53,10 +53,9 @@ def checks() -> Iterator[Check]:
 
 def _torch() -> Check:
     found = f"PyTorch {torch.__version__}, Python {sys.version.split()[0]}"
-    if torch.__version__ >= OLDEST_TORCH:
+    if torch.__version__ >= OLDEST_TORCH:  # a TorchVersion, which compares as versions do
         return Check("PyTorch", "works", found)
-    oldest = ".".join(map(str, OLDEST_TORCH))
-    return Check("PyTorch", "broken", found, f"Install PyTorch {oldest} or newer")
+    return Check("PyTorch", "broken", found, f"Install PyTorch {OLDEST_TORCH} or newer")
 
 
 def _backend() -> Check:
