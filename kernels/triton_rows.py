@@ -101,10 +101,7 @@ def candidates(
 
 def fits(kernel: Rows, tile: RowsTile, device: Device) -> bool:
     """Whether the device holds the tile: its buffers in shared memory and its sums in registers."""
-    if kernel.dtype == torch.float32:
-        most = 32 if kernel.precision == "ieee" else 64
-    else:
-        most = 128 if device.warp_group_products else 64
+    most = 128 if device.warp_group_products and kernel.dtype != torch.float32 else 64
     sums = tile.rows * kernel.columns / (32 * tile.warps)  # registers of a thread
     return sums <= most and _resident(kernel, tile, device) > 0
 
@@ -323,19 +320,37 @@ def _product(kernel: Rows, tile: RowsTile) -> str:
 
 
 def _epilogue(kernel: Rows, tile: RowsTile) -> str:
+    """Bias, activation and stores; of many sums per thread, half by half, which takes half the registers."""
+    halves = tile.rows * kernel.columns > 64 * 32 * tile.warps
+    lines = []
+    if halves:
+        shape, half = ("COLUMNS, 2, ROWS // 2", "rows") if tile.swap else ("ROWS, 2, COLUMNS // 2", "columns")
+        lines += [f"acc, last = tl.split(tl.permute(tl.reshape(acc, ({shape})), (0, 2, 1)))"]
+        lines += [f"{half} = {_HALF[half].format('')}", *_store(kernel, tile)]
+        lines += ["acc = last", f"{half} = {_HALF[half].format(half.upper() + ' // 2 + ')}"]
+    lines += _store(kernel, tile)
+    return "".join(f"    {line}\n" for line in lines)
+
+
+_HALF = {
+    "rows": "{}tl.arange(0, ROWS // 2)",
+    "columns": "r * BLOCK_OUT + {}tl.arange(0, COLUMNS // 2)",
+}
+
+
+def _store(kernel: Rows, tile: RowsTile) -> list[str]:
     lines = ["acc = tl.trans(acc)"] * tile.swap
     if kernel.bias:
         lines += ["acc += tl.load(bias + columns, mask=columns < outputs, other=0.0).to(tl.float32)[None, :]"]
     lines += [
         "inside = (rows < m - row)[:, None] & (columns < tl.minimum(outputs, (r + 1) * BLOCK_OUT))[None, :]",
-        "base = row.to(tl.int64) * outputs",
         "entries = rows[:, None] * outputs + columns[None, :]",
+        "base = row.to(tl.int64) * outputs",
     ]
     if kernel.keeps_z:
         lines += ["tl.store(z + base + entries, acc.to(z.dtype.element_ty), mask=inside)"]
     lines += _ACTIVATIONS[kernel.activation]
-    lines += ["tl.store(y + base + entries, acc.to(y.dtype.element_ty), mask=inside)"]
-    return "".join(f"    {line}\n" for line in lines)
+    return [*lines, "tl.store(y + base + entries, acc.to(y.dtype.element_ty), mask=inside)"]
 
 
 _ACTIVATIONS = {

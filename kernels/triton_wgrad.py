@@ -85,11 +85,10 @@ def candidates(
 
 def fits(kernel: Wgrad, tile: WgradTile, device: Device) -> bool:
     """Whether the device holds the tile: its buffers in shared memory and its sums in registers."""
-    if kernel.dtype == torch.float32:
-        most = 32 if kernel.precision == "ieee" else 64
-    else:
-        most = 128 if device.warp_group_products else 64
     out, into = kernel.sides
+    if out * into > 64 * 32 * tile.warps:  # a block's gradient is stored at once, which takes registers besides
+        return False
+    most = 128 if device.warp_group_products and kernel.dtype != torch.float32 else 64
     sums = out * into * tile.group / (32 * tile.warps)  # registers of a thread
     return sums <= most and _resident(kernel, tile, device) > 0
 
@@ -174,6 +173,7 @@ def source(kernel: Wgrad, tile: WgradTile) -> str:
         "OUT": (out, "the same, filled up to powers of 2"),
         "IN": (into, "the same, filled up to powers of 2"),
         "GROUP": (tile.group, "blocks of a program"),
+        "HALF": (tile.group // 2, "blocks whose gradients are stored together"),
         "ROWS": (tile.rows, "rows of x and grad_z in one iteration"),
         "SCAN": (128, "entries of a list that are looked at together"),
     }
@@ -204,9 +204,7 @@ def weight_gradient({", ".join(parameters(tile))}):
     probed_block = tl.where(is_probe, probe % block_columns, block_columns)
 {_SPLIT if split else _WHOLE}"""
     body += _descriptor_sums(kernel, tile) if tile.descriptors else _pointer_sums(kernel, split)
-    for share in range(tile.group) if tile.descriptors else [None]:
-        body += _SHARE.format(share) if share is not None else ""
-        body += _STORE_SPLIT if split else _STORE + (_SIGNALS_OF_BLOCK if tile.descriptors else _SIGNALS_OF_GROUP)
+    body += _store_blocks(kernel, tile) if tile.descriptors else _store_group(kernel, tile)
     body = _HELPERS + body + (_FINISH.replace("$PARAMETERS", ", ".join(FINISH_PARAMETERS)) if split else "")
     named = "".join(
         f"{name} = tl.constexpr({value})  # {what}\n"
@@ -227,6 +225,13 @@ import triton.language as tl
 
 
 _HELPERS = """
+@triton.jit
+def block_of(indices, slot, length, probed_block, block_columns):
+    # The listed block of a slot, or the probed one in the first; else `block_columns`, which lies outside.
+    block = tl.load(indices + slot, mask=slot < length, other=block_columns)
+    return tl.where(slot == 0, tl.minimum(block, probed_block), block)
+
+
 @triton.jit
 def masked_block(indices, length, rank):
     # The masked block with `rank` masked ones before it: before it lie the listed ones with no more than that.
@@ -277,13 +282,6 @@ _SPLIT = """\
     row_last = tl.minimum(m, row_first + rows_each)
 """
 
-# Columns of one block of the sums.
-_SHARE = """\
-    acc = acc_{0}
-    column = column_{0} + tl.arange(0, IN)
-    near = (tl.arange(0, IN) < BLOCK_IN) & (column < inputs)
-"""
-
 _STORE_SPLIT = """\
     mask = inside[:, None] & near[None, :]
     place = tl.program_id(1).to(tl.int64) * outputs * inputs
@@ -304,17 +302,21 @@ _STORE = """\
 
 _SIGNALS_OF_GROUP = """\
     slot = first + tl.arange(0, GROUP)
-    block = tl.load(indices + slot, mask=slot < length, other=block_columns)
-    block = tl.where(slot == 0, tl.minimum(block, probed_block), block)
+    block = block_of(indices, slot, length, probed_block, block_columns)
     at = r * block_columns + block
     tl.store(signals + at, tl.sum(tl.reshape(products, (GROUP, IN)), 1), mask=block < block_columns)
     tl.store(signals + blocks + at, tl.sum(tl.reshape(squares, (GROUP, IN)), 1), mask=block < block_columns)
 """
 
+_ADD_SIGNALS = """\
+    product += tl.sum(products, 0)
+    square += tl.sum(squares, 0)
+"""
+
 _SIGNALS_OF_BLOCK = """\
-    at = r * block_columns + tl.min(column, 0) // BLOCK_IN
-    tl.store(signals + at, tl.sum(products, 0), mask=tl.min(column, 0) < inputs)
-    tl.store(signals + blocks + at, tl.sum(squares, 0), mask=tl.min(column, 0) < inputs)
+    at = r * block_columns + column_{0} // BLOCK_IN
+    tl.store(signals + at, product, mask=column_{0} < inputs)
+    tl.store(signals + blocks + at, square, mask=column_{0} < inputs)
 """
 
 _FINISH = """
@@ -357,20 +359,13 @@ def finish(
 
 def _pointer_sums(kernel: Wgrad, split: bool) -> str:
     """All blocks of the program in one product, their columns gathered."""
-    hint = kernel.inputs & -kernel.inputs
     moved = (
         "    grad_z += row_first.to(tl.int64) * grad_z_stride\n    x += row_first.to(tl.int64) * x_stride\n"
         if split
         else ""
     )
     return f"""\
-    lane = tl.arange(0, GROUP * IN)
-    slot = first + lane // IN
-    block = tl.load(indices + slot, mask=slot < length, other=block_columns)
-    block = tl.where(slot == 0, tl.minimum(block, probed_block), block)
-    column = tl.max_contiguous(tl.multiple_of(block * BLOCK_IN + lane % IN, {hint}), IN)
-    near = (lane % IN < BLOCK_IN) & (column < inputs)
-    rows = tl.arange(0, ROWS)
+{_columns("GROUP", kernel)}    rows = tl.arange(0, ROWS)
     z_tile = (rows * grad_z_stride)[:, None] + output[None, :]
     x_tile = (rows * x_stride)[:, None] + column[None, :]
 {moved}    acc = tl.full((OUT, GROUP * IN), 0.0, tl.float32)
@@ -381,6 +376,17 @@ def _pointer_sums(kernel: Wgrad, split: bool) -> str:
         acc = tl.dot(tl.trans(z_part), x_part, acc{_precision(kernel)})
         grad_z += ROWS * grad_z_stride
         x += ROWS * x_stride
+"""
+
+
+def _columns(width: str, kernel: Wgrad) -> str:
+    """The columns of x that belong to so many slots from `first` on. Triton cannot know that those of a block are
+    neighbours and begin at a multiple."""
+    return f"""\
+    lane = tl.arange(0, {width} * IN)
+    block = block_of(indices, first + lane // IN, length, probed_block, block_columns)
+    column = tl.max_contiguous(tl.multiple_of(block * BLOCK_IN + lane % IN, {kernel.inputs & -kernel.inputs}), IN)
+    near = (lane % IN < BLOCK_IN) & (column < inputs)
 """
 
 
@@ -401,6 +407,41 @@ def _descriptor_sums(kernel: Wgrad, tile: WgradTile) -> str:
 {sums}    for row in range(row_first, row_last, ROWS):
         z_part = tl.trans(grad_z.load([row, r * BLOCK_OUT]))
 {products}"""
+
+
+def _store_group(kernel: Wgrad, tile: WgradTile) -> str:
+    """Stores and signals of all blocks; of many sums per thread, half by half, which takes half the registers."""
+    out, into = kernel.sides
+    halves = out * into * tile.group > 64 * 32 * tile.warps
+    store = (
+        _STORE_SPLIT if tile.splits > 1 else _STORE + _SIGNALS_OF_GROUP.replace("GROUP", "HALF" if halves else "GROUP")
+    )
+    if not halves:
+        return store
+    columns = _columns("HALF", kernel)
+    split = "    acc, last = tl.split(tl.permute(tl.reshape(acc, (OUT, 2, HALF * IN)), (0, 2, 1)))\n"
+    return f"{split}{columns}{store}    acc = last\n    first += HALF\n{columns}{store}"
+
+
+def _store_blocks(kernel: Wgrad, tile: WgradTile) -> str:
+    """Stores and signals, block by block; of many sums per thread, half by half."""
+    out, into = kernel.sides
+    halves = out * into > 32 * 32 * tile.warps
+    split = tile.splits > 1
+    text = ""
+    for share in range(tile.group):
+        text += f"    acc = acc_{share}\n"
+        if halves:
+            text += "    acc, last = tl.split(tl.permute(tl.reshape(acc, (OUT, 2, IN // 2)), (0, 2, 1)))\n"
+        text += "" if split else "    product, square = 0.0, 0.0\n"
+        for half in range(1 + halves):
+            lane = ("tl.arange(0, IN // 2)", "IN // 2 + tl.arange(0, IN // 2)")[half] if halves else "tl.arange(0, IN)"
+            text += "    acc = last\n" if half else ""
+            text += f"    lane = {lane}\n    column = column_{share} + lane\n"
+            text += "    near = (lane < BLOCK_IN) & (column < inputs)\n"
+            text += _STORE_SPLIT if split else _STORE + _ADD_SIGNALS
+        text += "" if split else _SIGNALS_OF_BLOCK.format(share)
+    return text
 
 
 def _precision(kernel: Wgrad) -> str:

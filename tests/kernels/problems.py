@@ -1,6 +1,7 @@
 """Random problems for the kernels, and what error they may make."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -11,6 +12,7 @@ from ctrlcompile.kernels import cpu_linear, index_lists, reference
 FLOAT = (torch.float32, torch.float32)
 HALF = (torch.bfloat16, torch.bfloat16)
 AUTOCAST = (torch.bfloat16, torch.float32)
+FLOAT16 = (torch.float16, torch.float16)
 
 
 @dataclass
@@ -24,6 +26,7 @@ class Problem:
     mask: Tensor
     probes: Tensor
     block: tuple[int, int]
+    kernels: Any = cpu_linear  # what has forward, dgrad and wgrad
 
     @staticmethod
     def random(
@@ -43,9 +46,15 @@ class Problem:
             block=block,
         )
 
+    def on(self, kernels: Any, device: str = "cpu") -> "Problem":
+        """The same problem for other kernels, on another device."""
+        moved = {f.name: getattr(self, f.name) for f in fields(self)}
+        moved = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in moved.items()}
+        return replace(self, **{**moved, "kernels": kernels})
+
     def check_forward(self, activation: str) -> None:
         lists = index_lists.build(self.mask)
-        y, z = cpu_linear.forward(self.x, self.weight, self.bias, lists, self.block, activation)
+        y, z = self.kernels.forward(self.x, self.weight, self.bias, lists, self.block, activation)
         bias = None if self.bias is None else self.bias.double()
         exact = reference.linear(self.x.double(), self.weight.double(), bias, self.mask, self.block, activation)
         dense_bias = None if self.bias is None else self.bias.to(self.x.dtype)
@@ -58,14 +67,14 @@ class Problem:
             assert z.numel() == 0
 
     def check_dgrad(self) -> None:
-        grad_x = cpu_linear.dgrad(self.grad_z, self.weight, index_lists.build(self.mask), self.block)
+        grad_x = self.kernels.dgrad(self.grad_z, self.weight, index_lists.build(self.mask), self.block)
         exact = reference.linear_dgrad(self.grad_z.double(), self.weight.double(), self.mask, self.block)
         assert grad_x.dtype == self.x.dtype
         within_budget(grad_x, self.grad_z @ self._masked_weight(), exact)
 
     def check_wgrad(self) -> None:
         lists = index_lists.build(self.mask)
-        grad_weight, signals = cpu_linear.wgrad(self.grad_z, self.x, self.weight, lists, self.probes, self.block)
+        grad_weight, signals = self.kernels.wgrad(self.grad_z, self.x, self.weight, lists, self.probes, self.block)
         given = (self.grad_z, self.x, self.weight)
         rest = (self.mask, self.probes, self.block)
         exact, exact_signals = reference.linear_wgrad(*(tensor.double() for tensor in given), *rest)
@@ -84,7 +93,7 @@ class Problem:
 
 
 def within_budget(ours: Tensor, dense: Tensor, exact: Tensor, units: int = 4) -> None:
-    """Error against float64 at most 10 times (float32) or 1.1 times (bfloat16) that of the framework's dense operator.
+    """Error against float64 at most 10 times (float32) or 1.1 times (half types) that of torch's dense operator.
 
     Errors of so many `units` in the last place of float32, at the size of the result, are not told apart: the dense
     result of a small product may be exact by luck.
@@ -92,7 +101,7 @@ def within_budget(ours: Tensor, dense: Tensor, exact: Tensor, units: int = 4) ->
     assert ours.shape == exact.shape
     if not exact.numel():
         return
-    factor = 1.1 if ours.dtype == torch.bfloat16 else 10
+    factor = 10 if ours.dtype == torch.float32 else 1.1
     floor = units * torch.finfo(torch.float32).eps * exact.abs().max().item()
     ours_error, dense_error = (ours.double() - exact).abs(), (dense.double() - exact).abs()
     for measure in (lambda error: error.square().mean().sqrt().item(), lambda error: error.max().item()):

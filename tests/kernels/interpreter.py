@@ -1,0 +1,73 @@
+"""Runs the Triton kernels on the CPU, in Triton's interpreter.
+
+In a process of its own, because Triton decides when it is imported whether kernels are interpreted or compiled, and
+other tests compile. Memory that a kernel should have written, and did not, is NaN there.
+"""
+
+import contextlib
+import os
+import pickle
+import subprocess
+import sys
+import traceback
+from typing import Any
+from unittest import mock
+
+import torch
+
+
+class Interpreter:
+    """The verbs of `triton_linear`, run in the other process; `tile` is used instead of the best guess where given."""
+
+    def __init__(self, cache: str) -> None:
+        environment = {**os.environ, "TRITON_INTERPRET": "1", "CTRLCOMPILE_CACHE_DIR": cache, "OMP_NUM_THREADS": "1"}
+        command = [sys.executable, __file__]
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment)
+        self.tile: Any = None
+
+    def forward(self, *arguments: Any) -> Any:
+        return self._call("forward", arguments)
+
+    def dgrad(self, *arguments: Any) -> Any:
+        return self._call("dgrad", arguments)
+
+    def wgrad(self, *arguments: Any) -> Any:
+        return self._call("wgrad", arguments)
+
+    def close(self) -> None:
+        self._process.stdin.close()
+        self._process.wait(30)
+
+    def _call(self, verb: str, arguments: tuple[Any, ...]) -> Any:
+        pickle.dump((verb, arguments, self.tile), self._process.stdin)
+        self._process.stdin.flush()
+        result, error = pickle.load(self._process.stdout)
+        if error:
+            raise RuntimeError(f"in the interpreter: {error}")
+        return result
+
+
+def serve() -> None:
+    """Answers calls until the input ends."""
+    from ctrlcompile.kernels import triton_linear, triton_tune
+
+    torch.use_deterministic_algorithms(True)  # fills new memory with NaN
+    answers = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)  # whatever is printed goes to standard error
+    while True:
+        try:
+            verb, arguments, tile = pickle.load(sys.stdin.buffer)
+        except EOFError:
+            return
+        given = mock.patch.object(triton_tune, "choose", return_value=tile) if tile else contextlib.nullcontext()
+        try:
+            with given:
+                answer = getattr(triton_linear, verb)(*arguments), None
+        except Exception:
+            answer = None, traceback.format_exc()
+        pickle.dump(answer, answers)
+        answers.flush()
+
+
+if __name__ == "__main__":
+    serve()
