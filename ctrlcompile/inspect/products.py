@@ -34,7 +34,7 @@ class Layout(NamedTuple):
         return values.as_strided(self.shape, self.strides)
 
 
-@dataclass
+@dataclass(eq=False)
 class Product:
     """One product of a gated linear: the gate, the role, and the arguments of the operator by name.
 

@@ -204,42 +204,35 @@ def _profile(
 
     device, found = gates[0].weight.device, sorted(products.found.values(), key=_place(gates))
     tensors = functools.cache(Layout.filled)
-    peaks = {dtype: limits.peak(device, dtype) for dtype in {product.dtype: None for product in found}}
-    copy = limits.copy(device)
+    loads: dict[Hashable, limits.Load] = {product.dtype: limits.peak(device, product.dtype) for product in found}
+    loads["copy"] = limits.copy(device)
     timed: dict[Hashable, Callable[[], object]] = {"gated": partial(step, True), "dense": partial(step, False)}
-    for index, product in enumerate(found):
-        timed |= {("gated", index): product.ours(tensors), ("dense", index): product.dense(tensors)}
-    timed |= {dtype: load.run for dtype, load in peaks.items()} | {"copy": copy.run}
+    for product in found:
+        timed |= {(product, "gated"): product.ours(tensors), (product, "dense"): product.dense(tensors)}
+    timed |= {name: load.run for name, load in loads.items()}
     times = alternate(timed, rounds, device)
 
-    middle = {name: statistics.median(seconds) for name, seconds in times.items()}
-    peak_flops = {dtype: load.amount / min(times[dtype]) for dtype, load in peaks.items()}
-    copy_bytes = copy.amount / min(times["copy"])
+    seconds = {name: statistics.median(values) for name, values in times.items()}
+    rates = {name: load.amount / min(times[name]) for name, load in loads.items()}
     names = {id(parameter): name for name, parameter in module.named_parameters()}
-    rows = []
-    for index, product in enumerate(found):
-        dense, gated = middle["dense", index], middle["gated", index]
-        least = max(product.flops / peak_flops[product.dtype], product.bytes / copy_bytes)
-        m, k, n = product.sizes
-        rows.append(
-            Row(
-                names.get(id(product.gate.weight), product.gate.name), product.role, m, k, n, _name(product.dtype),
-                product.gate.block, product.kernel, product.calls, product.gate.density, dense * 1e3, gated * 1e3,
-                dense / gated, product.dense_flops, product.flops, least / gated,
-                product.calls * gated / middle["gated"],
-            )
-        )  # fmt: skip
-    dense, gated = middle["dense"], middle["gated"]
+    rows = tuple(_row(product, names.get(id(product.gate.weight), ""), seconds, rates) for product in found)
+    dense, gated = seconds["dense"], seconds["gated"]
     dense_flops, flops = sum(visit.cost.dense for visit in seen), sum(visit.used_flops for visit in seen)
-    return Profile(
-        tuple(rows),
-        Step(dense * 1e3, gated * 1e3, dense / gated, dense_flops, flops),
-        Machine(
-            torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU ({isa.current().name})",
-            torch.get_num_threads(), torch.__version__,
-            {_name(dtype): rate for dtype, rate in peak_flops.items()}, copy_bytes,
-        ),
-        rounds,
+    machine = Machine(
+        torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU ({isa.current().name})",
+        torch.get_num_threads(), torch.__version__,
+        {_name(dtype): rate for dtype, rate in rates.items() if isinstance(dtype, torch.dtype)}, rates["copy"],
+    )  # fmt: skip
+    return Profile(rows, Step(dense * 1e3, gated * 1e3, dense / gated, dense_flops, flops), machine, rounds)
+
+
+def _row(product: Product, name: str, seconds: Mapping[Hashable, float], rates: Mapping[Hashable, float]) -> Row:
+    dense, gated = seconds[product, "dense"], seconds[product, "gated"]
+    least = max(product.flops / rates[product.dtype], product.bytes / rates["copy"])
+    return Row(
+        name or product.gate.name, product.role, *product.sizes, _name(product.dtype), product.gate.block,
+        product.kernel, product.calls, product.gate.density, dense * 1e3, gated * 1e3, dense / gated,
+        product.dense_flops, product.flops, least / gated, product.calls * gated / seconds["gated"],
     )  # fmt: skip
 
 

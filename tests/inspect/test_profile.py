@@ -189,7 +189,9 @@ def test_where_nothing_is_masked_both_sides_compute_the_same(dtype, bias):
         torch.testing.assert_close(ours.view(dense.shape).float(), dense.float(), atol=rough, rtol=0)
     layouts = {(layout.shape, layout.strides) for layout in tensors}
     assert layouts == {(x.shape, x.stride()), (grad.shape, grad.stride())}
-    assert all(values.unique().numel() > 1 for values in tensors.values())
+    for layout, values in tensors.items():
+        assert (values.shape, values.stride(), values.dtype) == (layout.shape, layout.strides, dtype)
+        assert values.unique().numel() > 1
 
 
 def test_calls_are_timed_in_turn_short_ones_repeated(monkeypatch):
