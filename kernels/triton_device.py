@@ -53,7 +53,7 @@ def of(device: torch.device) -> Device:
         capability,
         found.multi_processor_count,
         shared,
-        found.regs_per_multiprocessor,
+        getattr(found, "regs_per_multiprocessor", 65536),
         base.half_flops * share,
         base.second_level * share,
     )

@@ -161,8 +161,8 @@ def _seconds(kernel: Rows, tile: RowsTile, m: int, outputs: int, inputs: int, de
         waste = max(1, 32 / side) * max(1, 64 / across)
     rate = device.half_flops * (1 if kernel.dtype != torch.float32 else 0.4 if kernel.precision == "tf32" else 0.06)
     products = 2 * tile.rows * kernel.columns * tile.step * waste * device.multiprocessors / rate
-    loads = (tile.rows + kernel.columns) * tile.step * kernel.dtype.itemsize
-    loads *= device.multiprocessors / device.second_level
+    loaded = (tile.rows + kernel.columns) * tile.step * kernel.dtype.itemsize
+    loads = loaded * device.multiprocessors / device.second_level
     step = max(active * products, active * loads, products + (0.10e-6 if tile.descriptors else 0.13e-6))
     waves = programs / (device.multiprocessors * active)
     # Programs are short and many, so that the last wave is seldom a whole one: half of its rounding up.

@@ -17,6 +17,7 @@ import logging
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import overload
 
 import torch
 
@@ -73,9 +74,15 @@ class Choice:
     crossover: float
 
 
-def choose(
-    kernel: Rows | Wgrad, m: int, outputs: int, inputs: int, aligned: bool, device: torch.device
-) -> RowsTile | WgradTile:
+@overload
+def choose(kernel: Rows, m: int, outputs: int, inputs: int, aligned: bool, device: torch.device) -> RowsTile: ...
+
+
+@overload
+def choose(kernel: Wgrad, m: int, outputs: int, inputs: int, aligned: bool, device: torch.device) -> WgradTile: ...
+
+
+def choose(kernel: Rows | Wgrad, m: int, outputs: int, inputs: int, aligned: bool, device: torch.device) -> Tile:
     """The tile for a call with `m` rows. Raises KernelBuildError when no candidate runs."""
     return _choice(_case(kernel, m, outputs, inputs, aligned, device)).tile
 
@@ -185,18 +192,18 @@ def _device_clock(case: Case) -> Clock:
         grid = index_lists.grid_shape((case.outputs, case.inputs), block)
         lists = index_lists.build(torch.rand(grid, generator=random, device=case.device) < density)
 
-        def ours() -> object:
-            if isinstance(kernel, Rows):
-                assert isinstance(tile, RowsTile)
+        def ours() -> None:
+            if isinstance(kernel, Rows) and isinstance(tile, RowsTile):
                 order = (lists.crow_indices, lists.col_indices, lists.row_order)
-                return triton_launch.run_rows(kernel, tile, x, weight, None, order, y, y)
-            assert isinstance(tile, WgradTile)
-            return triton_launch.run_wgrad(kernel, tile, y, x, weight, lists, no_probes)
+                triton_launch.run_rows(kernel, tile, x, weight, None, order, y, y)
+            elif isinstance(kernel, Wgrad) and isinstance(tile, WgradTile):
+                triton_launch.run_wgrad(kernel, tile, y, x, weight, lists, no_probes)
 
-        def dense() -> object:
+        def dense() -> None:
             if isinstance(kernel, Wgrad):
-                return y.t() @ x
-            return torch.mm(x, weight.t() if forward else weight, out=y)
+                torch.mm(y.t(), x)
+            else:
+                torch.mm(x, weight.t() if forward else weight, out=y)
 
         with torch.cuda.device(case.device), torch.no_grad():
             return do_bench(dense if tile is None else ours, warmup=10, rep=40, return_mode="median") / 1e3

@@ -47,6 +47,11 @@ class Wgrad:
         """Sides of a block in registers: filled up to powers of 2."""
         return 1 << (self.outputs - 1).bit_length(), 1 << (self.inputs - 1).bit_length()
 
+    @property
+    def swapped(self) -> bool:
+        """Whether columns of x are the tensor core's rows, of which it takes 64 at a time: there are enough of them."""
+        return self.outputs <= 32
+
 
 @dataclass(frozen=True)
 class WgradTile:
@@ -112,7 +117,10 @@ def _tiles(kernel: Wgrad, m: int, inputs: int, device: Device) -> list[WgradTile
             rows, stages = (64, 4 if device.warp_group_products else 3) if half else (16, 3)
             tile = WgradTile(rows, group, warps, stages)
             # One descriptor loads the columns of one block, and each block has sums of its own.
+            # Transposed sums of several descriptors are more than Triton 3.7 compiles where sums lie in tensor memory.
+            in_tensor_memory = device.capability >= (10, 0)
             with_descriptors = half and device.descriptors and into >= 64 and group <= 4
+            with_descriptors = with_descriptors and not (kernel.swapped and in_tensor_memory)
             for way in (True, False) if with_descriptors else (False,):
                 for splits in _SPLITS:
                     if splits == 1 or m >= 256 * splits:
@@ -135,14 +143,15 @@ def _seconds(kernel: Wgrad, tile: WgradTile, m: int, outputs: int, inputs: int, 
     programs = rows * -(-math.ceil(_EXPECTED_DENSITY * columns) // tile.group) * tile.splits
     active = min(_resident(kernel, tile, device), -(-programs // device.multiprocessors))
     across = into if tile.descriptors else into * tile.group
+    side, across = (across, out) if kernel.swapped else (out, across)
     if device.warp_group_products:
-        waste = max(1, 64 / out) * max(1, (16 + min(across, 256) / 4) / (min(across, 256) / 2))
+        waste = max(1, 64 / side) * max(1, (16 + min(across, 256) / 4) / (min(across, 256) / 2))
     else:
-        waste = max(1, 32 / out) * max(1, 64 / across)
+        waste = max(1, 32 / side) * max(1, 64 / across)
     rate = device.half_flops * (1 if kernel.dtype != torch.float32 else 0.4 if kernel.precision == "tf32" else 0.06)
     products = 2 * out * into * tile.group * tile.rows * waste * device.multiprocessors / rate
-    loads = tile.rows * (out + into * tile.group) * kernel.dtype.itemsize
-    loads *= device.multiprocessors / device.second_level
+    loaded = tile.rows * (out + into * tile.group) * kernel.dtype.itemsize
+    loads = loaded * device.multiprocessors / device.second_level
     step = max(active * products, active * loads, products + (0.10e-6 if tile.descriptors else 0.13e-6))
     waves = programs / (device.multiprocessors * active)
     steps = -(-m // (tile.rows * tile.splits))
@@ -180,7 +189,9 @@ def source(kernel: Wgrad, tile: WgradTile) -> str:
     split = tile.splits > 1
     body = f"""
 @triton.jit(do_not_specialize=["m", "probed"{', "splits"' * split}])
-def weight_gradient({", ".join(parameters(tile))}):
+def weight_gradient(
+    {", ".join(parameters(tile))}
+):
     # Which slots: those of a probe, or a group of a block row's.
     block_columns = (inputs + BLOCK_IN - 1) // BLOCK_IN
     groups = (block_columns + GROUP - 1) // GROUP
@@ -368,12 +379,12 @@ def _pointer_sums(kernel: Wgrad, split: bool) -> str:
 {_columns("GROUP", kernel)}    rows = tl.arange(0, ROWS)
     z_tile = (rows * grad_z_stride)[:, None] + output[None, :]
     x_tile = (rows * x_stride)[:, None] + column[None, :]
-{moved}    acc = tl.full((OUT, GROUP * IN), 0.0, tl.float32)
+{moved}    acc = tl.full(({"GROUP * IN, OUT" if kernel.swapped else "OUT, GROUP * IN"}), 0.0, tl.float32)
     for row in range(row_first, row_last, ROWS):
         left = (rows < row_last - row)[:, None]
         z_part = tl.load(grad_z + z_tile, mask=left & inside[None, :], other=0.0)
         x_part = tl.load(x + x_tile, mask=left & near[None, :], other=0.0)
-        acc = tl.dot(tl.trans(z_part), x_part, acc{_precision(kernel)})
+        acc = {_product(kernel, "acc", "x_part")}
         grad_z += ROWS * grad_z_stride
         x += ROWS * x_stride
 """
@@ -397,15 +408,16 @@ def _descriptor_sums(kernel: Wgrad, tile: WgradTile) -> str:
         " * BLOCK_IN\n"
         for share in range(tile.group)
     )
-    sums = "".join(f"    acc_{share} = tl.full((OUT, IN), 0.0, tl.float32)\n" for share in range(tile.group))
+    shape = "IN, OUT" if kernel.swapped else "OUT, IN"
+    sums = "".join(f"    acc_{share} = tl.full(({shape}), 0.0, tl.float32)\n" for share in range(tile.group))
     products = "".join(
-        f"        acc_{share} = tl.dot(z_part, x.load([row, column_{share}]), acc_{share}{_precision(kernel)})\n"
+        f"        acc_{share} = {_product(kernel, f'acc_{share}', f'x.load([row, column_{share}])')}\n"
         for share in range(tile.group)
     )
     return f"""\
 {columns}    column_0 = tl.where(is_probe, probed_block * BLOCK_IN, column_0)
 {sums}    for row in range(row_first, row_last, ROWS):
-        z_part = tl.trans(grad_z.load([row, r * BLOCK_OUT]))
+        z_part = grad_z.load([row, r * BLOCK_OUT])
 {products}"""
 
 
@@ -417,7 +429,7 @@ def _store_group(kernel: Wgrad, tile: WgradTile) -> str:
         _STORE_SPLIT if tile.splits > 1 else _STORE + _SIGNALS_OF_GROUP.replace("GROUP", "HALF" if halves else "GROUP")
     )
     if not halves:
-        return store
+        return "    acc = tl.trans(acc)\n" * kernel.swapped + store
     columns = _columns("HALF", kernel)
     split = "    acc, last = tl.split(tl.permute(tl.reshape(acc, (OUT, 2, HALF * IN)), (0, 2, 1)))\n"
     return f"{split}{columns}{store}    acc = last\n    first += HALF\n{columns}{store}"
@@ -430,7 +442,7 @@ def _store_blocks(kernel: Wgrad, tile: WgradTile) -> str:
     split = tile.splits > 1
     text = ""
     for share in range(tile.group):
-        text += f"    acc = acc_{share}\n"
+        text += f"    acc = {'tl.trans' * kernel.swapped}(acc_{share})\n"
         if halves:
             text += "    acc, last = tl.split(tl.permute(tl.reshape(acc, (OUT, 2, IN // 2)), (0, 2, 1)))\n"
         text += "" if split else "    product, square = 0.0, 0.0\n"
@@ -444,5 +456,7 @@ def _store_blocks(kernel: Wgrad, tile: WgradTile) -> str:
     return text
 
 
-def _precision(kernel: Wgrad) -> str:
-    return f', input_precision="{kernel.precision}"' if kernel.dtype == torch.float32 else ""
+def _product(kernel: Wgrad, acc: str, x_part: str) -> str:
+    precision = f', input_precision="{kernel.precision}"' if kernel.dtype == torch.float32 else ""
+    operands = f"tl.trans({x_part}), z_part" if kernel.swapped else f"tl.trans(z_part), {x_part}"
+    return f"tl.dot({operands}, {acc}{precision})"
