@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from ctrlcompile.calls import observe
-from ctrlcompile.gate import Gate, plain
+from ctrlcompile.gate import plain
 from ctrlcompile.inspect import limits, tables
 from ctrlcompile.inspect.clock import alternate
 from ctrlcompile.inspect.products import ROLES, Layout, Product, Products
@@ -133,7 +133,7 @@ class Profile:
         )  # fmt: skip
         for heading in ("linear", "role", "M, K, N"):
             table.add_column(heading, no_wrap=True, overflow="fold")
-        for heading in ("density", "dense ms", "gated ms", "speed-up", "FLOPs skipped", "of limit", "of step"):
+        for heading in ("density", "dense ms", "gated ms", "speed-up", "skipped", "of limit", "of step"):
             table.add_column(heading, justify="right")
         for row in self.rows:
             role = row.role if row.calls == 1 else f"{row.role}, {row.calls} times"
@@ -202,7 +202,7 @@ def _profile(
         with watch(gated=gated):
             _backward(model(*inputs, **named_inputs), leaves)
 
-    device, found = gates[0].weight.device, sorted(products.found.values(), key=_place(gates))
+    device, found = gates[0].weight.device, _by_layer_and_role(products)
     tensors = functools.cache(Layout.filled)
     loads: dict[Hashable, limits.Load] = {product.dtype: limits.peak(device, product.dtype) for product in found}
     loads["copy"] = limits.copy(device)
@@ -247,8 +247,9 @@ def _backward(outputs: Any, leaves: Sequence[Tensor]) -> None:
     torch.autograd.grad(roots, leaves, [torch.ones_like(root) for root in roots], allow_unused=True)
 
 
-def _place(gates: Sequence[Gate]) -> Callable[[Product], tuple[int, int]]:
-    return lambda product: (gates.index(product.gate), ROLES.index(product.role))
+def _by_layer_and_role(products: Products) -> list[Product]:
+    layers = list(dict.fromkeys(product.gate for product in products.found.values()))
+    return sorted(products.found.values(), key=lambda product: (layers.index(product.gate), ROLES.index(product.role)))
 
 
 def _name(dtype: torch.dtype) -> str:
