@@ -101,7 +101,8 @@ def candidates(
 
 def fits(kernel: Rows, tile: RowsTile, device: Device) -> bool:
     """Whether the device holds the tile: its buffers in shared memory and its sums in registers."""
-    most = 128 if device.warp_group_products and kernel.dtype != torch.float32 else 64
+    # Hopper's products add to registers and need few others; sums in tensor memory come to registers all at once.
+    most = 128 if device.capability[0] == 9 and kernel.dtype != torch.float32 else 64
     sums = tile.rows * kernel.columns / (32 * tile.warps)  # registers of a thread
     return sums <= most and _resident(kernel, tile, device) > 0
 

@@ -12,6 +12,7 @@ results repeat to the last bit.
 
 import math
 import re
+import textwrap
 from dataclasses import dataclass, replace
 
 import torch
@@ -93,7 +94,8 @@ def fits(kernel: Wgrad, tile: WgradTile, device: Device) -> bool:
     out, into = kernel.sides
     if out * into > 64 * 32 * tile.warps:  # a block's gradient is stored at once, which takes registers besides
         return False
-    most = 128 if device.warp_group_products and kernel.dtype != torch.float32 else 64
+    # Hopper's products add to registers and need few others; sums in tensor memory come to registers all at once.
+    most = 128 if device.capability[0] == 9 and kernel.dtype != torch.float32 else 64
     sums = out * into * tile.group / (32 * tile.warps)  # registers of a thread
     return sums <= most and _resident(kernel, tile, device) > 0
 
@@ -117,10 +119,7 @@ def _tiles(kernel: Wgrad, m: int, inputs: int, device: Device) -> list[WgradTile
             rows, stages = (64, 4 if device.warp_group_products else 3) if half else (16, 3)
             tile = WgradTile(rows, group, warps, stages)
             # One descriptor loads the columns of one block, and each block has sums of its own.
-            # Transposed sums of several descriptors are more than Triton 3.7 compiles where sums lie in tensor memory.
-            in_tensor_memory = device.capability >= (10, 0)
             with_descriptors = half and device.descriptors and into >= 64 and group <= 4
-            with_descriptors = with_descriptors and not (kernel.swapped and in_tensor_memory)
             for way in (True, False) if with_descriptors else (False,):
                 for splits in _SPLITS:
                     if splits == 1 or m >= 256 * splits:
@@ -190,7 +189,7 @@ def source(kernel: Wgrad, tile: WgradTile) -> str:
     body = f"""
 @triton.jit(do_not_specialize=["m", "probed"{', "splits"' * split}])
 def weight_gradient(
-    {", ".join(parameters(tile))}
+{textwrap.fill(", ".join(parameters(tile)), 112, initial_indent="    ", subsequent_indent="    ")}
 ):
     # Which slots: those of a probe, or a group of a block row's.
     block_columns = (inputs + BLOCK_IN - 1) // BLOCK_IN
@@ -216,7 +215,12 @@ def weight_gradient(
 {_SPLIT if split else _WHOLE}"""
     body += _descriptor_sums(kernel, tile) if tile.descriptors else _pointer_sums(kernel, split)
     body += _store_blocks(kernel, tile) if tile.descriptors else _store_group(kernel, tile)
-    body = _HELPERS + body + (_FINISH.replace("$PARAMETERS", ", ".join(FINISH_PARAMETERS)) if split else "")
+    body = (
+        _HELPERS
+        + ("" if split else _STORE_HELPER)
+        + body
+        + (_FINISH.replace("$PARAMETERS", ", ".join(FINISH_PARAMETERS)) if split else "")
+    )
     named = "".join(
         f"{name} = tl.constexpr({value})  # {what}\n"
         for name, (value, what) in constants.items()
@@ -299,16 +303,27 @@ _STORE_SPLIT = """\
     tl.store(partials + place + (output_at[:, None] + column[None, :]), acc, mask=mask)
 """
 
-_STORE = """\
+_STORE_HELPER = """
+
+@triton.jit
+def store(acc, column, near, output, inside, kept, weight, grad_weight, inputs, weight_stride):
+    # Stores the gradient's columns, and returns the sums of each one's products with the weight and of its squares.
     mask = inside[:, None] & near[None, :]
     acc = tl.where(mask, acc, 0.0)
-    squares = tl.sum(acc * acc, 0)
     # Of a probe, nothing is kept but the squares.
-    mask = mask & (program >= probed)
+    mask = mask & kept
     weight_at = output.to(tl.int64) * weight_stride
     w = tl.load(weight + (weight_at[:, None] + column[None, :]), mask=mask, other=0.0)
-    products = tl.sum(w.to(tl.float32) * acc, 0)
+    output_at = output.to(tl.int64) * inputs
     tl.store(grad_weight + (output_at[:, None] + column[None, :]), acc.to(grad_weight.dtype.element_ty), mask=mask)
+    return tl.sum(w.to(tl.float32) * acc, 0), tl.sum(acc * acc, 0)
+
+"""
+
+_STORE = """\
+    products, squares = store(
+        acc, column, near, output, inside, program >= probed, weight, grad_weight, inputs, weight_stride
+    )
 """
 
 _SIGNALS_OF_GROUP = """\
@@ -320,12 +335,12 @@ _SIGNALS_OF_GROUP = """\
 """
 
 _ADD_SIGNALS = """\
-    product += tl.sum(products, 0)
-    square += tl.sum(squares, 0)
+    product += tl.sum(tl.reshape(products, (1, WIDTH)), 1)
+    square += tl.sum(tl.reshape(squares, (1, WIDTH)), 1)
 """
 
 _SIGNALS_OF_BLOCK = """\
-    at = r * block_columns + column_{0} // BLOCK_IN
+    at = r * block_columns + column_{0} // BLOCK_IN + tl.arange(0, 1)
     tl.store(signals + at, product, mask=column_{0} < inputs)
     tl.store(signals + blocks + at, square, mask=column_{0} < inputs)
 """
@@ -442,16 +457,20 @@ def _store_blocks(kernel: Wgrad, tile: WgradTile) -> str:
     split = tile.splits > 1
     text = ""
     for share in range(tile.group):
-        text += f"    acc = {'tl.trans' * kernel.swapped}(acc_{share})\n"
+        text += f"    acc = tl.trans(acc_{share})\n" if kernel.swapped else f"    acc = acc_{share}\n"
         if halves:
             text += "    acc, last = tl.split(tl.permute(tl.reshape(acc, (OUT, 2, IN // 2)), (0, 2, 1)))\n"
-        text += "" if split else "    product, square = 0.0, 0.0\n"
+        text += (
+            ""
+            if split
+            else "    product = tl.full((1,), 0.0, tl.float32)\n    square = tl.full((1,), 0.0, tl.float32)\n"
+        )
         for half in range(1 + halves):
             lane = ("tl.arange(0, IN // 2)", "IN // 2 + tl.arange(0, IN // 2)")[half] if halves else "tl.arange(0, IN)"
             text += "    acc = last\n" if half else ""
             text += f"    lane = {lane}\n    column = column_{share} + lane\n"
             text += "    near = (lane < BLOCK_IN) & (column < inputs)\n"
-            text += _STORE_SPLIT if split else _STORE + _ADD_SIGNALS
+            text += _STORE_SPLIT if split else _STORE + _ADD_SIGNALS.replace("WIDTH", "IN // 2" if halves else "IN")
         text += "" if split else _SIGNALS_OF_BLOCK.format(share)
     return text
 
