@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 import click
 import torch
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 from torch import Tensor, nn
 
@@ -100,7 +101,7 @@ def doctor(as_json: bool) -> None:
         for check in found:
             colour = {"works": "green", "missing": "yellow", "broken": "red"}[check.state]
             advice = f"\n{check.advice}." if check.advice else ""
-            table.add_row(check.what, f"[{colour}]{check.state}[/]", check.found + advice)
+            table.add_row(check.what, f"[{colour}]{check.state}[/]", escape(check.found + advice))
         Console().print(table)
     if any(check.state == "broken" for check in found):
         sys.exit(1)

@@ -75,7 +75,7 @@ def run(
         change = Change(_name(graph_pass), text, _text(gm))
         text = change.after
         logger.info("%d. %s: %s", number, change.name, summary)
-        if logger.isEnabledFor(logging.DEBUG):
+        if logger.isEnabledFor(logging.DEBUG) and change.diff:
             logger.debug("%s", change.diff)
         _trace_change(number, change)
         changes.append(change)

@@ -10,7 +10,7 @@ WIDTH = 132  # characters
 
 def text(table: Table) -> str:
     """The table in plain characters."""
-    console = Console(file=io.StringIO(), width=WIDTH, highlight=False)
+    console = Console(file=io.StringIO(), width=WIDTH, highlight=False, markup=False)
     console.print(table)
     assert isinstance(console.file, io.StringIO)
     return "\n".join(line.rstrip() for line in console.file.getvalue().splitlines())
@@ -18,6 +18,6 @@ def text(table: Table) -> str:
 
 def html(table: Table) -> str:
     """The table as one `<pre>` element."""
-    console = Console(file=io.StringIO(), width=WIDTH, highlight=False, record=True)
+    console = Console(file=io.StringIO(), width=WIDTH, highlight=False, markup=False, record=True)
     console.print(table)
     return console.export_html(inline_styles=True, code_format='<pre style="line-height: 1.2">{code}</pre>')

@@ -140,4 +140,5 @@ def test_explains_json_says_module_source_line_and_kernel_source_of_each_linear(
     assert plain["kernel_sources"] == {role: str(path) for role, path in found.rows[1].kernel_sources.items()}
     assert unreached["module"] == "0.inner.small"
     assert f"test_graphs.py:{line}" in str(found)
+    assert "0.inner.wide.weight" in found._repr_html_()
     assert read["step"] == {"regions": 1, "dense_flops": found.dense_flops, "flops": found.flops}

@@ -1,0 +1,28 @@
+"""limits: what one call does is what it says, with a compiler and without."""
+
+import torch
+
+from ctrlcompile.inspect import limits
+
+CPU = torch.device("cpu")
+
+
+def test_a_copy_moves_the_bytes_that_it_counts(one_thread):
+    load = limits.copy(CPU)
+    target, source = load.run.func.__self__, load.run.args[0]
+    target.zero_()
+    load.run()
+    assert torch.equal(target, source)
+    assert load.amount == 2 * target.numel() * target.element_size()
+    assert target.untyped_storage().nbytes() >= 100e6, "no cache holds it"
+
+
+def test_without_a_compiler_the_peak_is_a_dense_product(one_thread, monkeypatch, tmp_path):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    monkeypatch.setenv("CTRLCOMPILE_CACHE_DIR", str(tmp_path))
+    limits._multiply_adds.cache_clear()
+    load = limits.peak(CPU, torch.float32)
+    a, b = load.run.args
+    load.run()
+    torch.testing.assert_close(load.run.keywords["out"], a @ b)
+    assert load.amount == 2 * a.shape[0] * a.shape[1] * b.shape[1]
