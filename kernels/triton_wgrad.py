@@ -310,13 +310,15 @@ def store(acc, column, near, output, inside, kept, weight, grad_weight, inputs, 
     # Stores the gradient's columns, and returns the sums of each one's products with the weight and of its squares.
     mask = inside[:, None] & near[None, :]
     acc = tl.where(mask, acc, 0.0)
+    squares = tl.sum(acc * acc, 0)
     # Of a probe, nothing is kept but the squares.
     mask = mask & kept
     weight_at = output.to(tl.int64) * weight_stride
     w = tl.load(weight + (weight_at[:, None] + column[None, :]), mask=mask, other=0.0)
+    products = tl.sum(w.to(tl.float32) * acc, 0)
     output_at = output.to(tl.int64) * inputs
     tl.store(grad_weight + (output_at[:, None] + column[None, :]), acc.to(grad_weight.dtype.element_ty), mask=mask)
-    return tl.sum(w.to(tl.float32) * acc, 0), tl.sum(acc * acc, 0)
+    return products, squares
 
 """
 
