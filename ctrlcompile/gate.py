@@ -29,7 +29,8 @@ PROBED_SHARE = 64  # one block in so many can be probed in a step
 class Gate:
     """The block mask of one Parameter, with its index lists on the Parameter's device.
 
-    Made by `ctrlcompile.gates`, by a `Controller` or by the backend; a Parameter has at most one.
+    Made by `ctrlcompile.gates`, by a `Controller` or by the backend; a Parameter has at most one. Masks are decided and
+    kept on the CPU; switching blocks there queues work on the Parameter's device and does not wait for it.
 
     Attributes:
         name: the Parameter's name, as in `named_parameters()`.
@@ -40,7 +41,7 @@ class Gate:
         probes: int32 `[P]`, flat ids `r * C + c` of the inactive blocks whose gradient is measured, padded with -1.
         signals: float32 `[2, R, C]` leaf; backward accumulates into its `.grad` the sum over each block of
             weight * gradient and of gradient ** 2.
-        block_area: float32 `[R, C]`, weight entries in each block (partial blocks have fewer).
+        block_area: float32 `[R, C]` on the CPU, weight entries in each block (partial blocks have fewer).
     """
 
     def __init__(self, weight: Tensor, block: Block, name: str) -> None:
@@ -50,14 +51,11 @@ class Gate:
         self.block = block
         self.grid = index_lists.grid_shape(self.shape, block)
         device, (rows, columns) = weight.device, self.grid
-        self._mask = torch.ones(rows, columns, dtype=torch.bool, device=device)
-        self.lists = index_lists.build(self._mask)
+        self._mask = torch.ones(rows, columns, dtype=torch.bool)
+        self.lists = index_lists.build(self._mask.to(device))
         self.probes = torch.full((max(1, rows * columns // PROBED_SHARE),), -1, dtype=torch.int32, device=device)
         self.signals = torch.zeros(2, rows, columns, device=device)
-        heights, widths = (
-            _sides(self.shape[0], block[0], rows, device),
-            _sides(self.shape[1], block[1], columns, device),
-        )
+        heights, widths = _sides(self.shape[0], block[0], rows), _sides(self.shape[1], block[1], columns)
         self.block_area = heights[:, None] * widths[None, :]
         self.active = rows * columns
         self.active_area, self.probed_area = float(math.prod(self.shape)), 0.0
@@ -72,7 +70,7 @@ class Gate:
 
     @property
     def mask(self) -> Tensor:
-        """Boolean `[R, C]`, True = active; a copy."""
+        """Boolean `[R, C]` on the CPU, True = active; a copy."""
         return self._mask.clone()
 
     @property
@@ -103,13 +101,13 @@ class Gate:
         Raises TypeError when the mask is not a boolean tensor, ValueError when its shape is not the grid's.
         """
         self._check_mask(mask)
-        mask = mask.to(self._mask.device)
+        mask = mask.cpu()
         gone = self._mask & ~mask
         self._mask.copy_(mask)
         index_lists.write_(self.lists, mask)
         self.active = int(mask.sum())
         self.active_area = float(self.block_area[mask].sum()) if self.active else 0.0
-        self.probe_(self.probes.new_empty(0))
+        self.probe_(torch.empty(0, dtype=torch.int64))
         self.settle()
         if bool(gone.any()):
             self._zero_blocks(gone)
@@ -127,13 +125,13 @@ class Gate:
             raise ValueError(f"gate {self.name!r} probes at most {self.probes.numel()} blocks a step, got {count}")
         probed_area = 0.0
         if count:
-            ids = block_ids.to(self.probes.device, torch.int64)
+            ids = block_ids.to("cpu", torch.int64)
             if int(ids.min()) < 0 or int(ids.max()) >= self._mask.numel():
                 raise ValueError(f"gate {self.name!r} has blocks 0 to {self._mask.numel() - 1}; got an id outside")
             if bool(self._mask.view(-1)[ids].any()):
                 raise ValueError(f"gate {self.name!r}: only inactive blocks are probed; got an active one")
             probed_area = float(self.block_area.view(-1)[ids].sum())
-            self.probes[:count].copy_(ids)
+            self.probes[:count].copy_(ids.int(), non_blocking=True)
         self.probes[count:].fill_(-1)
         self.probed_area = probed_area
 
@@ -353,14 +351,15 @@ def too_small(shape: tuple[int, ...], block: Block) -> str | None:
 
 
 def zero_blocks_(tensor: Tensor, gone: Tensor, block: Block) -> None:
-    """Zeroes in place the blocks of a matrix `[out, in]` that are True in `gone` `[R, C]`."""
+    """Zeroes in place the blocks of a matrix `[out, in]` that are True in `gone` `[R, C]`, which is on the CPU."""
     rows, columns = gone.shape
     whole = tensor.shape[0] == rows * block[0] and tensor.shape[1] == columns * block[1] and tensor.is_contiguous()
     if whole:
-        row, column = gone.nonzero(as_tuple=True)
+        row, column = gone.nonzero().t().to(tensor.device, non_blocking=True)
         tensor.view(rows, block[0], columns, block[1])[row, :, column, :] = 0
     else:
-        tensor.masked_fill_(index_lists.expand(gone, block, (tensor.shape[0], tensor.shape[1])), 0)
+        entries = index_lists.expand(gone.to(tensor.device), block, (tensor.shape[0], tensor.shape[1]))
+        tensor.masked_fill_(entries, 0)
 
 
 def _shared_with_other_kind(model: nn.Module, weight: Tensor) -> bool:
@@ -370,7 +369,7 @@ def _shared_with_other_kind(model: nn.Module, weight: Tensor) -> bool:
     )
 
 
-def _sides(total: int, side: int, count: int, device: torch.device) -> Tensor:
-    sides = torch.full((count,), float(side), device=device)
+def _sides(total: int, side: int, count: int) -> Tensor:
+    sides = torch.full((count,), float(side))
     sides[-1] = total - side * (count - 1)
     return sides

@@ -76,7 +76,7 @@ def write_(lists: BlockLists, mask: Tensor) -> None:
     _check(mask)
     if tuple(mask.shape) != lists.grid:
         raise ValueError(f"mask has shape {tuple(mask.shape)}, but these lists are for a grid of {lists.grid} blocks")
-    mask = mask.to(lists.crow_indices.device)
+    mask = mask.to(lists.crow_indices.device, non_blocking=True)
     _write_compressed(lists.crow_indices, lists.col_indices, lists.row_order, mask)
     _write_compressed(lists.ccol_indices, lists.row_indices, lists.column_order, mask.t())
 

@@ -42,7 +42,7 @@ class Gate(Protocol):
     @property
     def grid(self) -> tuple[int, int]: ...
     @property
-    def mask(self) -> Tensor: ...  # bool [R, C]
+    def mask(self) -> Tensor: ...  # bool [R, C], on the CPU
     @property
     def density(self) -> float: ...
     @property
@@ -50,6 +50,6 @@ class Gate(Protocol):
     @property
     def signals(self) -> Tensor: ...  # float32 [2, R, C]; its .grad receives sum(w·g) and sum(g²) of each block
     @property
-    def block_area(self) -> Tensor: ...  # float32 [R, C], weight entries in each block
+    def block_area(self) -> Tensor: ...  # float32 [R, C], weight entries in each block; on the CPU
     def update_(self, mask: Tensor) -> None: ...
     def probe_(self, block_ids: Tensor) -> None: ...

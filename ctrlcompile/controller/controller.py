@@ -82,6 +82,8 @@ class Controller:
         self._list = list(self.gates.values())
         self._own = set(self._list)
         self._layout = Layout.of(self._list)
+        self._device = self._list[0].signals.device
+        self._heard = self._layout.to(self._device)  # the layout of what the signals are kept in
         self._inbox = Inbox(self._list, self._layout)
         sizes = self._layout.lengths
         self._starts = sizes.cumsum(0) - sizes
@@ -100,7 +102,7 @@ class Controller:
         self._planned = 1.0  # share of the gateable FLOPs that the steps since the last decision were to use
         self._since = [0.0, 0.0]  # gateable FLOPs since then: used, at density 1
         self._ledger = Ledger()
-        self._signals = Signals.of(self._layout, (self._slow / 4, self._slow))
+        self._signals = Signals.of(self._heard, (self._slow / 4, self._slow))
         self._blocks = Blocks.of(self._masks())
         self._density = float(self._cost()[self._blocks.active].sum())
         self._ramp = Ramp(level=self._density)
@@ -198,8 +200,8 @@ class Controller:
             dist.all_reduce(shared)
             numbers = shared.tolist()
         dense, fixed, used, *gated = numbers
-        ran = torch.tensor(gated, device=arrived.device) > 0
-        self._signals.observe(arrived, self._probes.ids, ran, self._layout)
+        ran = torch.tensor(gated) > 0
+        self._signals.observe(arrived, self._sent(self._probes.ids), self._sent(ran), self._heard)
         if dense <= 0:
             if self.steps == 1:
                 log.warning("no cost was measured in the first step: is the model compiled with backend='ctrlprune'?")
@@ -224,20 +226,22 @@ class Controller:
 
     def _decide(self, left: int | None) -> None:
         ledger, ramp = self._ledger, self._ramp
-        self._signals.fold(self._blocks.active, self._layout)
+        active = self._sent(self._blocks.active)
+        self._signals.fold(active, self._heard)
         masks, cost = self._masks(), self._cost()
         if not torch.equal(masks, self._blocks.active):
-            self._signals.forget_(masks ^ self._blocks.active)
+            self._signals.forget_(self._sent(masks ^ self._blocks.active))
             self._blocks.switch_(masks, self.steps)
+            active = self._sent(masks)
         self._density = float(cost[self._blocks.active].sum())
         if left is None and ramp.progress < 1:
             ledger.forgive()
         allowed = ledger.allowed(self.budget, left or OPEN_ENDED)
-        worth = self._signals.benefit(self._blocks.active, self._layout)
+        worth = self._signals.benefit(active, self._heard).cpu()
 
         if ramp.progress < 1:
             share = min(0.9, max(0.1, allowed / max(ramp.level, 1e-12)))
-            self.settled = self._signals.settled(self._blocks.active, cost, share)
+            self.settled = self._signals.settled(active, self._sent(cost), share)
         before = ramp.started, ramp.progress
         wanted, take = ramp.plan(
             self.steps, self.interval, allowed, self.settled, total_steps=self.total_steps, first=self._slow
@@ -265,7 +269,7 @@ class Controller:
                 dwell=self._dwell,
                 swap=swap_limit(self.steps, self.total_steps),
                 least=self._least,
-                held=~self._signals.reported()[self._layout.gate_of],
+                held=~self._signals.reported().cpu()[self._layout.gate_of],
             )
             returned, dropped = self._act(decision)
         self._plan_probes(take, wanted)
@@ -295,7 +299,7 @@ class Controller:
             if count:
                 gate.update_(mask.view(gate.grid))
         blocks.switch_(decision.active, self.steps)
-        self._signals.forget_(changed)
+        self._signals.forget_(self._sent(changed))
         self.price, self._density = decision.price, decision.density
         returned = int(sum(counts[1]))
         self.reactivations += returned
@@ -324,6 +328,10 @@ class Controller:
             if ids.numel() or old or every:
                 gate.probe_(ids)
 
+    def _sent(self, decided: Tensor) -> Tensor:
+        """A tensor of decisions on the device of the signals, without waiting for it."""
+        return decided.to(self._device, non_blocking=True)
+
     # ---------------------------------------------------------------- flat views of the gates
 
     def _densities(self) -> list[float]:
@@ -335,7 +343,7 @@ class Controller:
     def _cost(self) -> Tensor:
         """Share of the gateable FLOPs, float64 [N]; before the first step, of the gateable weight entries."""
         per_gate = self._ledger.average_gated or [float(gate.block_area.sum()) for gate in self._list]
-        scale = torch.tensor(per_gate, dtype=torch.float64, device=self._layout.area.device)
+        scale = torch.tensor(per_gate, dtype=torch.float64)
         return self._layout.area * (scale / scale.sum())[self._layout.gate_of]
 
     def _used_share(self) -> float:

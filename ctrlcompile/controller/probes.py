@@ -54,7 +54,7 @@ class Rotation:
         order = [
             torch.randperm(n, generator=generator) + start for n, start in zip(sizes, layout.offsets, strict=False)
         ]
-        return cls(torch.cat(order).to(layout.gate_of.device), [0] * len(sizes), [0.0] * len(sizes))
+        return cls(torch.cat(order), [0] * len(sizes), [0.0] * len(sizes))
 
     def next(
         self, active: Tensor, cost: list[float], layout: Layout, *, steps: int, afford: float, capacity: list[int]

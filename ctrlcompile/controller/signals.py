@@ -8,8 +8,8 @@ the sum of the same step**: a norm seen a hundred steps ago is then still compar
 batch, the learning phase, a loss scale) has cancelled.
 
 All blocks of all gates are one flat vector of N entries; each gate's `signals.grad` is a view into one buffer.
-Steps are added up as they come, which is a few passes over N numbers, and folded into averages when a decision is due.
-Nothing here waits for the device.
+Steps are added up as they come, on the device of the weights and without waiting for it: a few passes over N numbers.
+When a decision is due they are folded into averages, and the benefit of each block goes to the CPU.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ TINY = torch.finfo(torch.float32).tiny
 
 @dataclass
 class Layout:
-    """Where each gate's blocks lie in the flat vectors."""
+    """Where each gate's blocks lie in the flat vectors; on the CPU, where decisions are made, until `to` another."""
 
     offsets: list[int]  # length G + 1
     lengths: Tensor  # int64 [G]
@@ -38,15 +38,18 @@ class Layout:
 
     @classmethod
     def of(cls, gates: Sequence[Gate]) -> Layout:
-        device = gates[0].signals.device
         sizes = [gate.grid[0] * gate.grid[1] for gate in gates]
         offsets = [0]
         for size in sizes:
             offsets.append(offsets[-1] + size)
-        lengths = torch.tensor(sizes, device=device)
-        gate_of = torch.repeat_interleave(torch.arange(len(gates), device=device), lengths)
-        areas = [gate.block_area.to(device, torch.float64).flatten() for gate in gates]
+        lengths = torch.tensor(sizes)
+        gate_of = torch.repeat_interleave(torch.arange(len(gates)), lengths)
+        areas = [gate.block_area.to("cpu", torch.float64).flatten() for gate in gates]
         return cls(offsets, lengths, gate_of, torch.cat([area / area.sum() for area in areas]))
+
+    def to(self, device: torch.device) -> Layout:
+        """The same layout for flat vectors on another device."""
+        return Layout(self.offsets, *(t.to(device) for t in (self.lengths, self.gate_of, self.area)))
 
     def sums(self, values: Tensor) -> Tensor:
         """Sums over each gate's blocks: [K, N] -> [K, G]. Deterministic, also on a GPU."""
@@ -63,7 +66,7 @@ class Inbox:
 
     def __init__(self, gates: Sequence[Gate], layout: Layout) -> None:
         self.gates = gates
-        self.buffer = torch.zeros(2 * layout.offsets[-1], device=layout.gate_of.device)
+        self.buffer = torch.zeros(2 * layout.offsets[-1], device=gates[0].signals.device)
         self.views = [  # contiguous, as autograd wants a gradient of a contiguous tensor to be
             self.buffer[2 * start : 2 * stop].view(2, *gate.grid)
             for gate, start, stop in zip(gates, layout.offsets, layout.offsets[1:], strict=False)
@@ -117,7 +120,7 @@ class Signals:
 
     @classmethod
     def of(cls, layout: Layout, horizons: tuple[float, float]) -> Signals:
-        """Nothing reported yet; `horizons` in steps, FAST and SLOW."""
+        """Nothing reported yet, on the layout's device; `horizons` in steps, FAST and SLOW."""
         n, g, device = layout.gate_of.numel(), layout.lengths.numel(), layout.gate_of.device
         sums, total, weight, probed = torch.zeros(4, 2, n, device=device)
         typical, level = torch.zeros(2, g, device=device), torch.zeros(2, device=device)
