@@ -44,8 +44,8 @@ class Gated(nn.Module):
 
     def forward(self, x):
         (fc1, one), (fc2, two) = self.layers
-        x = ops.linear(x, fc1.weight, fc1.bias, *one.inputs, *one.block, "relu")[0]
-        return ops.linear(x, fc2.weight, fc2.bias, *two.inputs, *two.block, "none")[0]
+        x = ops.linear(x, fc1.weight, fc1.bias, one.signals, list(one.lists), one.probes, *one.block, "relu")[0]
+        return ops.linear(x, fc2.weight, fc2.bias, two.signals, list(two.lists), two.probes, *two.block, "none")[0]
 
 
 @pytest.fixture
