@@ -55,8 +55,7 @@ def forward(
     Returns y `[M, N]` in x's dtype and, for the gelu activations, z likewise; for the others, whose derivative is known
     from y, z is empty.
     """
-    partial = weight.shape[1] % block[1] != 0
-    kernel = Rows(*block, True, x.dtype, activation, bias is not None, partial, _precision(x))
+    kernel = _forward_kernel(x.dtype, block, weight.shape[1], activation, bias is not None)
     y = x.new_empty(x.shape[0], weight.shape[0])
     z = torch.empty_like(y) if kernel.keeps_z else x.new_empty(0)
     order = (lists.crow_indices, lists.col_indices, lists.row_order)
@@ -66,8 +65,7 @@ def forward(
 
 def dgrad(grad_z: Tensor, weight: Tensor, lists: BlockLists, block: Block) -> Tensor:
     """Gradient with respect to the input, `reference.linear_dgrad`: grad_z `[M, N]`, weight `[N, K]` -> `[M, K]`."""
-    partial = weight.shape[0] % block[0] != 0
-    kernel = Rows(block[1], block[0], False, grad_z.dtype, "none", False, partial, _precision(grad_z))
+    kernel = _dgrad_kernel(grad_z.dtype, block, weight.shape[0])
     grad_x = grad_z.new_empty(grad_z.shape[0], weight.shape[1])
     order = (lists.ccol_indices, lists.row_indices, lists.column_order)
     _rows(kernel, grad_z, weight, None, order, grad_x, grad_z.new_empty(0))
@@ -82,11 +80,34 @@ def wgrad(
     grad_z `[M, N]`, x `[M, K]`, weight `[N, K]`, probes int32 `[P]` (flat ids of inactive blocks, padded with -1) ->
     grad_weight `[N, K]` in the weight's dtype, signals float32 `[2, R, C]`.
     """
-    kernel = Wgrad(*block, x.dtype, _precision(x))
+    kernel = Wgrad(*block, x.dtype, _precision(x.dtype))
     grad_z, x, weight = (triton_launch.readable(matrix) for matrix in (grad_z, x, weight))
     m, (outputs, inputs) = x.shape[0], weight.shape
     tile = triton_tune.choose(kernel, m, outputs, inputs, triton_launch.aligned(grad_z, x), x.device)
     return triton_launch.run_wgrad(kernel, tile, grad_z, x, weight, lists, probes)
+
+
+def crossover(role: str, dtype: torch.dtype, block: Block, m: int, n: int, k: int, device: torch.device) -> float:
+    """The density, 0 to 1, above which the framework's dense product is faster than ours: measured once per device.
+
+    `role` is forward, dgrad or wgrad, of x `[m, k]` and a weight `[n, k]`. 1, never, where nothing can be timed; see
+    `triton_tune`. Raises ValueError for another role.
+    """
+    if role == "forward":
+        return triton_tune.crossover(_forward_kernel(dtype, block, k, "none", False), m, n, k, device)
+    if role == "dgrad":
+        return triton_tune.crossover(_dgrad_kernel(dtype, block, n), m, k, n, device)
+    if role == "wgrad":
+        return triton_tune.crossover(Wgrad(*block, dtype, _precision(dtype)), m, n, k, device)
+    raise ValueError(f"unknown role {role!r}; allowed are forward, dgrad and wgrad")
+
+
+def _forward_kernel(dtype: torch.dtype, block: Block, k: int, activation: str, bias: bool) -> Rows:
+    return Rows(*block, True, dtype, activation, bias, k % block[1] != 0, _precision(dtype))
+
+
+def _dgrad_kernel(dtype: torch.dtype, block: Block, n: int) -> Rows:
+    return Rows(*block[::-1], False, dtype, partial=n % block[0] != 0, precision=_precision(dtype))
 
 
 def _rows(
@@ -113,6 +134,6 @@ def _missing() -> str | None:
     return None
 
 
-def _precision(x: Tensor) -> str:
+def _precision(dtype: torch.dtype) -> str:
     """How products of float32 are taken: as torch's own setting for matrix products says."""
-    return "tf32" if x.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
+    return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"

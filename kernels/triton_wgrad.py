@@ -332,8 +332,9 @@ _SIGNALS_OF_GROUP = """\
     slot = first + tl.arange(0, GROUP)
     block = block_of(indices, slot, length, probed_block, block_columns)
     at = r * block_columns + block
-    tl.store(signals + at, tl.sum(tl.reshape(products, (GROUP, IN)), 1), mask=block < block_columns)
-    tl.store(signals + blocks + at, tl.sum(tl.reshape(squares, (GROUP, IN)), 1), mask=block < block_columns)
+    listed = block < block_columns
+    tl.store(signals + at, tl.sum(tl.reshape(products, (GROUP, IN)), 1), mask=listed & (program >= probed))
+    tl.store(signals + blocks + at, tl.sum(tl.reshape(squares, (GROUP, IN)), 1), mask=listed)
 """
 
 _ADD_SIGNALS = """\
@@ -343,7 +344,7 @@ _ADD_SIGNALS = """\
 
 _SIGNALS_OF_BLOCK = """\
     at = r * block_columns + column_{0} // BLOCK_IN + tl.arange(0, 1)
-    tl.store(signals + at, product, mask=column_{0} < inputs)
+    tl.store(signals + at, product, mask=(column_{0} < inputs) & (program >= probed))
     tl.store(signals + blocks + at, square, mask=column_{0} < inputs)
 """
 

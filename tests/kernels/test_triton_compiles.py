@@ -13,7 +13,9 @@ from ctrlcompile.kernels.triton_device import A100, B200, H100
 from ctrlcompile.kernels.triton_rows import Rows
 from ctrlcompile.kernels.triton_wgrad import Wgrad
 
-from .compiled import compile_kernel
+pytest.importorskip("triton")
+
+from .compiled import compile_kernel  # noqa: E402
 
 HALF, FLOAT = torch.bfloat16, torch.float32
 DEVICES = {"sm_80": A100, "sm_90": H100, "sm_100": B200}
@@ -87,8 +89,8 @@ def own_cache(tmp_path_factory, monkeypatch):
 def test_it_compiles_without_spills_and_pipelines_as_deep_as_asked(kernel, tile, device):
     compiled = compile_kernel(kernel, tile, device)
     family = triton_rows if isinstance(kernel, Rows) else triton_wgrad
-    # For sm_100, ptxas keeps a few addresses of the epilogue in memory during the loop, with registers to spare.
-    assert compiled.spills <= (16 if device is B200 and compiled.registers < 200 else 0)
+    # With registers to spare, ptxas at times keeps a few addresses of the epilogue in memory, to hold more warps.
+    assert compiled.spills <= (16 if compiled.registers <= 128 else 0)
     assert compiled.shared <= min(family.shared_bytes(kernel, tile), device.shared_memory)
     if device.warp_group_products and kernel.dtype != FLOAT and tensor_core_rows(kernel, tile) >= 64:
         assert compiled.warp_group_products > 0

@@ -4,7 +4,6 @@ import importlib.util
 
 import pytest
 import torch
-import triton
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -14,6 +13,8 @@ from ctrlcompile.kernels.triton_wgrad import WgradTile
 
 from .interpreter import Interpreter
 from .problems import FLOAT, FLOAT16, Problem, within_budget
+
+triton = pytest.importorskip("triton")
 
 ACTIVATIONS = ["none", "relu", "gelu", "gelu_tanh"]
 FEW = settings(

@@ -6,10 +6,12 @@ import json
 import pytest
 import torch
 
-from ctrlcompile.kernels import triton_device, triton_tune
+from ctrlcompile.kernels import triton_device, triton_linear, triton_tune
 from ctrlcompile.kernels.build import KernelBuildError
 from ctrlcompile.kernels.triton_rows import Rows
 from ctrlcompile.kernels.triton_wgrad import Wgrad
+
+pytest.importorskip("triton")  # whose version is a part of what a choice is kept under
 
 KERNEL = Rows(128, 64, True, torch.bfloat16, "gelu", True)
 CPU = torch.device("cpu")
@@ -86,6 +88,23 @@ def test_a_case_is_timed_once_and_then_read_from_disk(timed, tmp_path, monkeypat
     assert not other_process.asked
     assert triton_tune.choose(KERNEL, 300, 1024, 1024, True, CPU) != best
     assert other_process.asked
+
+
+@pytest.mark.parametrize("role", ["forward", "dgrad", "wgrad"])
+def test_each_role_tells_its_crossover(timed, monkeypatch, role):
+    asked = []
+    monkeypatch.setattr(triton_tune, "decide", lambda tiles, clock: triton_tune.Choice(tiles[0], 0.75))
+    monkeypatch.setattr(triton_tune, "_device_clock", asked.append)
+    assert triton_linear.crossover(role, torch.bfloat16, (128, 64), 5000, 768, 3072, CPU) == 0.75
+    (case,) = asked
+    assert (case.m, case.aligned) == (4096, True)
+    assert (case.outputs, case.inputs) == ((3072, 768) if role == "dgrad" else (768, 3072))
+    assert (case.kernel.outputs, case.kernel.inputs) == ((64, 128) if role == "dgrad" else (128, 64))
+
+
+def test_an_unknown_role_is_said():
+    with pytest.raises(ValueError, match="'backward'; allowed are forward, dgrad and wgrad"):
+        triton_linear.crossover("backward", torch.bfloat16, (128, 64), 64, 64, 64, CPU)
 
 
 @pytest.mark.parametrize("damage", ["", "{", "[]", '{"tile": 1}', "null"])
