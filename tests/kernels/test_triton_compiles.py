@@ -15,7 +15,7 @@ from ctrlcompile.kernels.triton_wgrad import Wgrad
 
 pytest.importorskip("triton")
 
-from .compiled import compile_kernel  # noqa: E402
+from .compiled import compile_kernel
 
 HALF, FLOAT = torch.bfloat16, torch.float32
 DEVICES = {"sm_80": A100, "sm_90": H100, "sm_100": B200}
