@@ -47,7 +47,7 @@ class Case:
     aligned: bool
     device: torch.device
 
-    @property
+    @functools.cached_property
     def candidates(self) -> Sequence[Tile]:
         """Tiles to choose from, best guess first."""
         shape = (self.m, self.outputs, self.inputs, triton_device.of(self.device), self.aligned)
