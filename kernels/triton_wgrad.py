@@ -92,6 +92,8 @@ def candidates(
 def fits(kernel: Wgrad, tile: WgradTile, device: Device) -> bool:
     """Whether the device holds the tile: its buffers in shared memory and its sums in registers."""
     out, into = kernel.sides
+    if kernel.swapped and not device.warp_group_products and into * tile.group > 32 * tile.warps:
+        return False  # columns of x are read into registers besides
     if out * into > 64 * 32 * tile.warps:  # a block's gradient is stored at once, which takes registers besides
         return False
     # Hopper's products add to registers and need few others; sums in tensor memory come to registers all at once.

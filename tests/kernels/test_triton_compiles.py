@@ -34,7 +34,7 @@ def kernels(block, dtype, precision="ieee"):
 def chosen():
     """Name, kernel, tile, device: the best guesses of main blocks, and every family of tile at least once a device."""
     for name, device in DEVICES.items():
-        blocks = [(128, 64), (128, 128), (64, 64), (32, 32)] if device is H100 else [(128, 64)]
+        blocks = [(128, 64), (128, 128), (64, 64), (32, 32)] if device is H100 else [(128, 64), (32, 32)]
         for block in blocks:
             for role, kernel in kernels(block, HALF).items():
                 yield name, role, block, kernel, candidates(kernel, 8192, 4096, device)[0], device
