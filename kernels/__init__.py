@@ -10,7 +10,7 @@ isa           instruction sets, and how a kernel fills their registers
 build         compiles C++, and keeps the result on disk
 triton_linear forward, input gradient and weight gradient on an NVIDIA GPU
 triton_rows   generates their Triton: forward and input gradient
-triton_wgrad  generates their Triton: weight gradient
+triton_wgrad  generates their Triton: weight gradient (triton_wgrad_text: its pieces)
 triton_tune   chooses their tiles by the clock, and finds the density from which on the dense product is faster
 triton_launch runs one of them in a given tile
 triton_device what a tile must fit: the limits and rates of a GPU

@@ -19,6 +19,19 @@ import torch
 
 from .triton_device import Device
 from .triton_rows import DTYPES
+from .triton_wgrad_text import (
+    ADD_SIGNALS,
+    FINISH,
+    HELPERS,
+    SIGNALS_OF_BLOCK,
+    SIGNALS_OF_GROUP,
+    SPLIT,
+    STORE,
+    STORE_HELPER,
+    STORE_SPLIT,
+    WHOLE,
+    ZERO,
+)
 
 FINISH_PARAMETERS = (
     "partials", "weight", "offsets", "indices", "probes", "grad_weight", "signals", "outputs", "inputs", "probed",
@@ -209,19 +222,19 @@ def weight_gradient(
     output = r * BLOCK_OUT + tl.arange(0, OUT)
     inside = output < tl.minimum(outputs, (r + 1) * BLOCK_OUT)
     output_at = output.to(tl.int64) * inputs
-{"" if split else _ZERO}
+{"" if split else ZERO}
     # The products of the listed ones.
     if first >= tl.where(is_probe, 1, length):
         return
     probed_block = tl.where(is_probe, probe % block_columns, block_columns)
-{_SPLIT if split else _WHOLE}"""
+{SPLIT if split else WHOLE}"""
     body += _descriptor_sums(kernel, tile) if tile.descriptors else _pointer_sums(kernel, split)
     body += _store_blocks(kernel, tile) if tile.descriptors else _store_group(kernel, tile)
     body = (
-        _HELPERS
-        + ("" if split else _STORE_HELPER)
+        HELPERS
+        + ("" if split else STORE_HELPER)
         + body
-        + (_FINISH.replace("$PARAMETERS", ", ".join(FINISH_PARAMETERS)) if split else "")
+        + (FINISH.replace("$PARAMETERS", ", ".join(FINISH_PARAMETERS)) if split else "")
     )
     named = "".join(
         f"{name} = tl.constexpr({value})  # {what}\n"
@@ -239,153 +252,6 @@ import triton.language as tl
 
 {named}
 {body}'''
-
-
-_HELPERS = """
-@triton.jit
-def block_of(indices, slot, length, probed_block, block_columns):
-    # The listed block of a slot, or the probed one in the first; else `block_columns`, which lies outside.
-    block = tl.load(indices + slot, mask=slot < length, other=block_columns)
-    return tl.where(slot == 0, tl.minimum(block, probed_block), block)
-
-
-@triton.jit
-def masked_block(indices, length, rank):
-    # The masked block with `rank` masked ones before it: before it lie the listed ones with no more than that.
-    block = rank
-    lane = tl.arange(0, SCAN)
-    for at in range(0, length, SCAN):
-        place = at + lane
-        listed = tl.load(indices + place, mask=place < length, other=2**30)
-        block += tl.sum((listed - place <= rank).to(tl.int32), 0)
-    return block
-
-
-@triton.jit
-def probes_of(probes, probed, block):
-    # How many of the probes are of this block.
-    hits = 0
-    lane = tl.arange(0, SCAN)
-    for at in range(0, probed, SCAN):
-        probe = tl.load(probes + at + lane, mask=at + lane < probed, other=-1)
-        hits += tl.sum((probe == block).to(tl.int32), 0)
-    return hits
-
-"""
-
-_ZERO = """
-    # Zeros for the masked ones among them.
-    blocks = (outputs + BLOCK_OUT - 1) // BLOCK_OUT * block_columns
-    for slot in range(tl.maximum(first, length), tl.where(is_probe, 0, tl.minimum(first + GROUP, block_columns))):
-        block = masked_block(indices, length, slot - length)
-        column = block * BLOCK_IN + tl.arange(0, IN)
-        mask = inside[:, None] & (column < tl.minimum(inputs, (block + 1) * BLOCK_IN))[None, :]
-        zero = tl.full((OUT, IN), 0.0, grad_weight.dtype.element_ty)
-        tl.store(grad_weight + (output_at[:, None] + column[None, :]), zero, mask=mask)
-        at = r * block_columns + block
-        tl.store(signals + at, 0.0)
-        # The squares of a probed block are its probe's to write.
-        tl.store(signals + blocks + at, 0.0, mask=probes_of(probes, probed, at) == 0)
-"""
-
-_WHOLE = """\
-    row_first = 0
-    row_last = m
-"""
-
-_SPLIT = """\
-    rows_each = (m + ROWS * splits - 1) // (ROWS * splits) * ROWS
-    row_first = tl.program_id(1) * rows_each
-    row_last = tl.minimum(m, row_first + rows_each)
-"""
-
-_STORE_SPLIT = """\
-    mask = inside[:, None] & near[None, :]
-    place = tl.program_id(1).to(tl.int64) * outputs * inputs
-    tl.store(partials + place + (output_at[:, None] + column[None, :]), acc, mask=mask)
-"""
-
-_STORE_HELPER = """
-
-@triton.jit
-def store(acc, column, near, output, inside, kept, weight, grad_weight, inputs, weight_stride):
-    # Stores the gradient's columns, and returns the sums of each one's products with the weight and of its squares.
-    mask = inside[:, None] & near[None, :]
-    acc = tl.where(mask, acc, 0.0)
-    squares = tl.sum(acc * acc, 0)
-    # Of a probe, nothing is kept but the squares.
-    mask = mask & kept
-    weight_at = output.to(tl.int64) * weight_stride
-    w = tl.load(weight + (weight_at[:, None] + column[None, :]), mask=mask, other=0.0)
-    products = tl.sum(w.to(tl.float32) * acc, 0)
-    output_at = output.to(tl.int64) * inputs
-    tl.store(grad_weight + (output_at[:, None] + column[None, :]), acc.to(grad_weight.dtype.element_ty), mask=mask)
-    return products, squares
-
-"""
-
-_STORE = """\
-    products, squares = store(
-        acc, column, near, output, inside, program >= probed, weight, grad_weight, inputs, weight_stride
-    )
-"""
-
-_SIGNALS_OF_GROUP = """\
-    slot = first + tl.arange(0, GROUP)
-    block = block_of(indices, slot, length, probed_block, block_columns)
-    at = r * block_columns + block
-    listed = block < block_columns
-    tl.store(signals + at, tl.sum(tl.reshape(products, (GROUP, IN)), 1), mask=listed & (program >= probed))
-    tl.store(signals + blocks + at, tl.sum(tl.reshape(squares, (GROUP, IN)), 1), mask=listed)
-"""
-
-_ADD_SIGNALS = """\
-    product += tl.sum(tl.reshape(products, (1, WIDTH)), 1)
-    square += tl.sum(tl.reshape(squares, (1, WIDTH)), 1)
-"""
-
-_SIGNALS_OF_BLOCK = """\
-    at = r * block_columns + column_{0} // BLOCK_IN + tl.arange(0, 1)
-    tl.store(signals + at, product, mask=(column_{0} < inputs) & (program >= probed))
-    tl.store(signals + blocks + at, square, mask=column_{0} < inputs)
-"""
-
-_FINISH = """
-
-@triton.jit(do_not_specialize=["probed", "splits"])
-def finish(
-    $PARAMETERS
-):
-    # One slot of a block row: adds what the splits left, rounds it once, and tells what it was.
-    block_columns = (inputs + BLOCK_IN - 1) // BLOCK_IN
-    blocks = (outputs + BLOCK_OUT - 1) // BLOCK_OUT * block_columns
-    r = tl.program_id(0) // block_columns
-    slot = tl.program_id(0) % block_columns
-    start = tl.load(offsets + r)
-    length = tl.load(offsets + r + 1) - start
-    active = slot < length
-    block = tl.load(indices + start + slot, mask=active, other=0)
-    if slot >= length:
-        block = masked_block(indices + start, length, slot - length)
-    at = r * block_columns + block
-    measured = active | (probes_of(probes, probed, at) > 0)
-    output = r * BLOCK_OUT + tl.arange(0, OUT)
-    column = block * BLOCK_IN + tl.arange(0, IN)
-    inside = output < tl.minimum(outputs, (r + 1) * BLOCK_OUT)
-    mask = inside[:, None] & (column < tl.minimum(inputs, (block + 1) * BLOCK_IN))[None, :]
-    entries = (output.to(tl.int64) * inputs)[:, None] + column[None, :]
-    stride = tl.cast(outputs, tl.int64) * inputs
-    acc = tl.full((OUT, IN), 0.0, tl.float32)
-    for _ in range(0, tl.where(measured, splits, 0)):
-        acc += tl.load(partials + entries, mask=mask, other=0.0)
-        partials += stride
-    weight_at = output.to(tl.int64) * weight_stride
-    w = tl.load(weight + (weight_at[:, None] + column[None, :]), mask=mask & active, other=0.0)
-    kept = tl.where(active, acc, 0.0)
-    tl.store(grad_weight + entries, kept.to(grad_weight.dtype.element_ty), mask=mask)
-    tl.store(signals + at, tl.sum(tl.sum(w.to(tl.float32) * acc, 0), 0))
-    tl.store(signals + blocks + at, tl.sum(tl.sum(acc * acc, 0), 0))
-"""
 
 
 def _pointer_sums(kernel: Wgrad, split: bool) -> str:
@@ -445,9 +311,7 @@ def _store_group(kernel: Wgrad, tile: WgradTile) -> str:
     """Stores and signals of all blocks; of many sums per thread, half by half, which takes half the registers."""
     out, into = kernel.sides
     halves = out * into * tile.group > 64 * 32 * tile.warps
-    store = (
-        _STORE_SPLIT if tile.splits > 1 else _STORE + _SIGNALS_OF_GROUP.replace("GROUP", "HALF" if halves else "GROUP")
-    )
+    store = STORE_SPLIT if tile.splits > 1 else STORE + SIGNALS_OF_GROUP.replace("GROUP", "HALF" if halves else "GROUP")
     if not halves:
         return "    acc = tl.trans(acc)\n" * kernel.swapped + store
     columns = _columns("HALF", kernel)
@@ -475,8 +339,8 @@ def _store_blocks(kernel: Wgrad, tile: WgradTile) -> str:
             text += "    acc = last\n" if half else ""
             text += f"    lane = {lane}\n    column = column_{share} + lane\n"
             text += "    near = (lane < BLOCK_IN) & (column < inputs)\n"
-            text += _STORE_SPLIT if split else _STORE + _ADD_SIGNALS.replace("WIDTH", "IN // 2" if halves else "IN")
-        text += "" if split else _SIGNALS_OF_BLOCK.format(share)
+            text += STORE_SPLIT if split else STORE + ADD_SIGNALS.replace("WIDTH", "IN // 2" if halves else "IN")
+        text += "" if split else SIGNALS_OF_BLOCK.format(share)
     return text
 
 

@@ -90,7 +90,7 @@ def test_it_compiles_without_spills_and_pipelines_as_deep_as_asked(kernel, tile,
     compiled = compile_kernel(kernel, tile, device)
     family = triton_rows if isinstance(kernel, Rows) else triton_wgrad
     # With registers to spare, ptxas at times keeps a few addresses of the epilogue in memory, to hold more warps.
-    assert compiled.spills <= (16 if compiled.registers <= 128 else 0)
+    assert compiled.spills <= (16 if compiled.registers < 200 else 0)
     assert compiled.shared <= min(family.shared_bytes(kernel, tile), device.shared_memory)
     if device.warp_group_products and kernel.dtype != FLOAT and tensor_core_rows(kernel, tile) >= 64:
         assert compiled.warp_group_products > 0
