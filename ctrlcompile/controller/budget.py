@@ -90,6 +90,10 @@ class Ledger:
         """FLOPs of an average step that gates can switch, at density 1."""
         return sum(self.average_gated)
 
+    def gated_at(self, densities: list[float]) -> float:
+        """The same with each gate at its density."""
+        return sum(density * flops for density, flops in zip(densities, self.average_gated, strict=True))
+
     def allowed(self, budget: Budget, steps_left: int) -> float:
         """Share of the gateable FLOPs that each of `steps_left` steps may use on average, so that the run lands.
 
@@ -103,5 +107,4 @@ class Ledger:
     def least(self, steps_left: int, lowest: list[float]) -> float:
         """The least budget that the run can still meet, with each gate at its `lowest` density from now on."""
         whole = self.dense + steps_left * self.average_dense
-        gated = sum(density * flops for density, flops in zip(lowest, self.average_gated, strict=True))
-        return (self.used + steps_left * (self.average_fixed + gated)) / whole
+        return (self.used + steps_left * (self.average_fixed + self.gated_at(lowest))) / whole

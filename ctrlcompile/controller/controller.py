@@ -88,6 +88,7 @@ class Controller:
         sizes = self._layout.lengths
         self._starts = sizes.cumsum(0) - sizes
         self._least = (sizes * min_density).ceil().long().clamp(min=1)
+        self._lowest: list[float] = (self._least / sizes).tolist()  # density of each gate at the least
         self._capacity = [gate.probes.numel() for gate in self._list]
         self._slow = max(10, 2 * self.interval)
         self._dwell = max(2 * self.interval, length // 20)
@@ -214,9 +215,8 @@ class Controller:
 
     def _check_budget(self) -> None:
         ledger = self._ledger
-        lowest = (self._least / self._layout.lengths).tolist()
         left = 10**9 if self.total_steps is None else self.total_steps - self.steps
-        least = ledger.least(left, lowest)
+        least = ledger.least(left, self._lowest)
         if least > self.budget.flops:
             raise BudgetError(
                 f"budget: got {self.budget.flops:g}; {ledger.average_fixed / ledger.average_dense:.3f} of this model's "
@@ -244,7 +244,13 @@ class Controller:
             self.settled = self._signals.settled(active, self._sent(cost), share)
         before = ramp.started, ramp.progress
         wanted, take = ramp.plan(
-            self.steps, self.interval, allowed, self.settled, total_steps=self.total_steps, first=self._slow
+            self.steps,
+            self.interval,
+            allowed,
+            self.settled,
+            total_steps=self.total_steps,
+            first=self._slow,
+            least=ledger.gated_at(self._lowest) / ledger.gated,
         )
         self._next = self.steps + take
         if before[0] < 0 <= ramp.started:

@@ -10,16 +10,20 @@ is
 
 since the cubic's mean lies a quarter of the way from d to ℓ. Whatever was over- or underspent is thereby spread over
 all steps left, and the run lands.
+
+The warm-up is worth up to half of what the run may use. |Σ w·g| is small where weights are still near their random
+start, whatever they will be worth: a ranking made before the learning rate is up switches off what learns late. In a
+GPT these are the queries and keys; with all of them gone, neither has a gradient to come back by.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-WARM_UP = (0.03, 0.06)  # share of the run: at least, at most
+WARM_UP = (0.07, 0.10)  # share of the run: at least, at most
 RAMP = (0.15, 0.30)  # share of the run: settled, not settled
-WARM_UP_SPEND = 0.15  # of the allowed cost, at most
-FLOOR = 0.75  # the end level is at least this part of the average allowed
+WARM_UP_SPEND = 0.5  # of the allowed cost, at most
+FLOOR = 0.5  # the end level is at least this part of the average allowed
 SETTLED = 0.5  # ends the warm-up
 STAIRS = 4  # decisions that the rest of the ramp is given at least
 OPEN_ENDED = 1000  # steps that the shares above refer to where the length of the run is not known
@@ -42,7 +46,15 @@ class Ramp:
     floor: float = 0.0
 
     def plan(
-        self, step: int, interval: int, allowed: float, settledness: float, *, total_steps: int | None, first: int
+        self,
+        step: int,
+        interval: int,
+        allowed: float,
+        settledness: float,
+        *,
+        total_steps: int | None,
+        first: int,
+        least: float = 0.0,
     ) -> tuple[float, int]:
         """Moves the path on to the next decision.
 
@@ -53,6 +65,7 @@ class Ramp:
             settledness: 0 to 1.
             total_steps: of the run; None holds the rate `allowed` from the end of the ramp.
             first: steps before which the signals mean nothing.
+            least: share that the gates use at their lowest densities, which the end must not fall below.
 
         Returns:
             The mean share of the gateable FLOPs until the next decision, and the steps until then: fewer than
@@ -62,11 +75,11 @@ class Ramp:
         take = interval if n is None else max(1, min(interval, n // 2))
         length = total_steps or OPEN_ENDED
         if self.started < 0:
-            latest = min(WARM_UP[1], WARM_UP_SPEND * max(0.0, allowed)) * length
+            latest = min(WARM_UP[1], WARM_UP_SPEND * max(0.0, allowed - least)) * length
             earliest = min(max(WARM_UP[0] * length, first), latest)
             if allowed >= self.level or (step < latest and (step < earliest or settledness < SETTLED)):
                 return self.level, min(take, max(1, int(latest) - step)) if step < latest else take
-            self.started, self.floor = step, FLOOR * allowed
+            self.started, self.floor = step, max(FLOOR * allowed, min(allowed, 1.25 * least))
         left = (1 - self.progress) * (RAMP[1] - (RAMP[1] - RAMP[0]) * settledness) * length
         if n is not None:
             left = min(left, n, 4 * n * (allowed - self.floor) / max(self.level - self.floor, 1e-9))
