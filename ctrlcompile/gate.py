@@ -21,7 +21,6 @@ Block = tuple[int, int]
 BlockChoice = Block | int | Literal["auto"]
 
 SMALLEST_SIDE, LARGEST_SIDE, SIDE_STEP = 8, 128, 8
-AUTO_BLOCK: Block = (32, 32)
 FEWEST_BLOCKS = 4  # block rows and block columns that a weight needs before gating it can gain anything
 PROBED_SHARE = 64  # one block in so many can be probed in a step
 
@@ -228,6 +227,7 @@ class Registry:
     def __init__(self) -> None:
         self._gates: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
         self._refusals: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+        self._by_lists: weakref.WeakValueDictionary[int, Gate] = weakref.WeakValueDictionary()
 
     def get(self, weight: Tensor) -> Gate | None:
         """The gate of a Parameter, or None."""
@@ -235,16 +235,15 @@ class Registry:
 
     def with_lists(self, crow_indices: Tensor) -> Gate | None:
         """The gate whose lists begin with this tensor, or an alias of it."""
-        address = crow_indices.data_ptr()
-        gates = self._gates.values()
-        return next((gate for gate in gates if gate.lists.crow_indices.data_ptr() == address), None)
+        return self._by_lists.get(crow_indices.data_ptr())
 
-    def get_or_create(self, weight: Tensor, block: BlockChoice, name: str) -> Gate:
+    def get_or_create(self, weight: Tensor, block: Block | Literal["auto"], name: str) -> Gate:
         """The gate of a Parameter; a new one where there is none. Raises ValueError for a block that does not fit."""
         gate = self._gates.get(weight)
         if gate is None:
-            gate = Gate(weight, resolve_block(block), name)
+            gate = Gate(weight, resolve_block(block, weight), name)
             self._gates[weight] = gate
+            self._by_lists[gate.lists.crow_indices.data_ptr()] = gate
         return gate
 
     def refuse(self, weight: Tensor, reason: str) -> None:
@@ -278,7 +277,7 @@ def gates(
     >>> gates["fc1.weight"].update_(torch.rand(gates["fc1.weight"].grid) < 0.5)  # doctest: +SKIP
     """
     model = plain(model)
-    wanted = resolve_block(block)
+    block = parse_block(block)
     found: dict[str, Gate] = {}
     for prefix, module in model.named_modules():
         weight = module._parameters.get("weight") if isinstance(module, nn.Linear) else None
@@ -287,7 +286,7 @@ def gates(
             continue
         if not fnmatch.fnmatch(name, include) or name_excluded(name, exclude):
             continue
-        gate = registry.get(weight)
+        gate, wanted = registry.get(weight), resolve_block(block, weight)
         if gate is None:
             if _shared_with_other_kind(model, weight):
                 registry.refuse(weight, "shared with a module that is not a linear")
@@ -316,10 +315,24 @@ def name_excluded(name: str, patterns: Sequence[str]) -> str | None:
     return next((pattern for pattern in patterns if fnmatch.fnmatch(name, pattern)), None)
 
 
-def resolve_block(block: BlockChoice) -> Block:
-    """`"auto"`, an int or a pair as a pair of sides. Raises ValueError for anything else."""
+def resolve_block(block: Block | Literal["auto"], weight: Tensor) -> Block:
+    """The sides of a weight's blocks: what was asked for or, for "auto", what its device multiplies well.
+
+    On a GPU a block row is the width of the tensor cores' tile, which reaches its rate from 64 on and rereads its
+    input half as often at 128; a CPU's kernels are as good at 32, and small blocks are better chosen.
+    """
+    if block != "auto":
+        return block
+    if weight.device.type == "cpu":
+        return (32, 32)
+    rows, columns = weight.shape
+    return (128 if rows >= 768 else 64 if rows >= 256 else 32, 64 if columns >= 256 else 32)
+
+
+def parse_block(block: BlockChoice) -> Block | Literal["auto"]:
+    """ "auto", or the sides of a block as a pair, given as one or as an int. Raises ValueError for anything else."""
     if block == "auto":
-        return AUTO_BLOCK
+        return block
     sides = (block, block) if isinstance(block, int) else block
     if (
         not isinstance(sides, (tuple, list))

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from ctrlcompile import ops
+from ctrlcompile import kernel_choice
 from ctrlcompile.cost import ProductCost, expression
-from ctrlcompile.gate import name_excluded, registry, too_small
+from ctrlcompile.gate import name_excluded, registry, resolve_block, too_small
 from ctrlcompile.options import Options
 from ctrlcompile.passes.graph_edit import Scope, argument, is_linear, scopes, uses
 
@@ -85,12 +85,12 @@ def _why_dense(
     if (pattern := name_excluded(name, options.exclude)) is not None:
         return f"excluded by {pattern!r}"
     gate = registry.get(parameter)
-    block = options.block if gate is None else gate.block
+    block = resolve_block(options.block, parameter) if gate is None else gate.block
     if gate is None and not parameter.requires_grad:
         return "frozen: it has no gradient to judge blocks by"
     if gate is None and (reason := too_small(tuple(parameter.shape), block)) is not None:
         return reason
-    return ops.why_no_kernel(parameter.device, x_dtype, parameter.dtype, block, strict=options.strict)
+    return kernel_choice.why_no_kernel(parameter.device, x_dtype, parameter.dtype, block, strict=options.strict)
 
 
 def _product(node: fx.Node) -> ProductCost:

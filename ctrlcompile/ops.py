@@ -5,12 +5,10 @@ that Inductor schedules the input gradient and the weight gradient like any matr
 each block leaves the graph as the *gradient of `signals`*: for the first channel that is what it is, the derivative of
 the loss with respect to a gate that multiplies the block, and autograd adds it up over micro-batches.
 
-Where no kernel can run, the operators compute the same with dense products, after one warning.
+Which kernel computes a call is `kernel_choice`'s part.
 """
 
-import warnings
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,9 +16,10 @@ from torch import Tensor
 from torch._subclasses import FakeTensor
 from torch.utils.flop_counter import register_flop_formula
 
+from ctrlcompile import kernel_choice
 from ctrlcompile.calls import visible
-from ctrlcompile.kernels import cpu_linear, index_lists, isa, reference
-from ctrlcompile.kernels.index_lists import BlockLists, build, expand, grid_shape, mask_of
+from ctrlcompile.kernels import index_lists, reference
+from ctrlcompile.kernels.index_lists import BlockLists, expand, grid_shape, mask_of
 
 ACTIVATIONS = reference.ACTIVATIONS
 
@@ -52,10 +51,7 @@ def _linear(
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation is one of {ACTIVATIONS}; got {activation!r}")
     rows = _rows(x)
-    if (kernel := _kernel(x, weight, block, activation)) is not None:
-        y, z = kernel.forward(rows, weight, bias, lists, block, activation)
-    else:
-        y, z = reference.linear(rows, weight, bias, mask_of(lists), block, activation)
+    y, z = kernel_choice.forward(rows, weight, bias, lists, block, activation)
     shape = (*x.shape[:-1], weight.shape[0])
     return y.view(shape), z.view(shape) if saves_z(activation) else x.new_empty(0)
 
@@ -63,11 +59,7 @@ def _linear(
 def _linear_dgrad(grad: Tensor, weight: Tensor, tensors: Sequence[Tensor], block_out: int, block_in: int) -> Tensor:
     lists, block = _lists(tensors, weight, (block_out, block_in)), (block_out, block_in)
     _check(grad, weight.shape[0], weight)
-    rows = _rows(grad)
-    if (kernel := _kernel(grad, weight, block)) is not None:
-        grad_x = kernel.dgrad(rows, weight, lists, block)
-    else:
-        grad_x = reference.linear_dgrad(rows, weight, mask_of(lists), block)
+    grad_x = kernel_choice.dgrad(_rows(grad), weight, lists, block)
     return grad_x.view(*grad.shape[:-1], weight.shape[1])
 
 
@@ -79,9 +71,7 @@ def _linear_wgrad(
     _check(x, weight.shape[1], weight)
     if grad.numel() // grad.shape[-1] != x.numel() // x.shape[-1]:
         raise ValueError(f"grad of shape {tuple(grad.shape)} and x of shape {tuple(x.shape)} have unequal rows")
-    if (kernel := _kernel(x, weight, block)) is not None:
-        return kernel.wgrad(_rows(grad), _rows(x), weight, lists, probes, block)
-    return reference.linear_wgrad(_rows(grad), _rows(x), weight, mask_of(lists), probes, block)
+    return kernel_choice.wgrad(_rows(grad), _rows(x), weight, lists, probes, block)
 
 
 # Kernels trust their pointers, so what does not fit is refused here.
@@ -113,73 +103,6 @@ def _rows(x: Tensor) -> Tensor:
 def saves_z(activation: str) -> bool:
     """Whether backward needs the value before the activation (relu's can be read off its output)."""
     return activation.startswith("gelu")
-
-
-# Kernels, or dense products with one warning --------------------------------------------------------------------------
-
-_working: set[tuple[Any, ...]] = set()
-_broken: dict[tuple[Any, ...], str] = {}
-
-
-def why_no_kernel(
-    device: torch.device,
-    x_dtype: torch.dtype,
-    weight_dtype: torch.dtype,
-    block: tuple[int, int],
-    activation: str = "none",
-    *,
-    strict: bool = False,
-) -> str | None:
-    """Builds the kernels for these types and this block; None where they can run, else the reason.
-
-    Raises what the build raised when `strict`; otherwise a failed build warns once and is remembered.
-    """
-    if device.type != "cpu":
-        return f"no kernels for device type {device.type!r}"
-    reason = cpu_linear.supported(x_dtype, weight_dtype, block)
-    key = (x_dtype, weight_dtype, block, activation)
-    if reason is not None or (key in _broken and not strict):
-        return reason or _broken[key]
-    if key in _working:
-        return None
-    try:
-        _try_kernels(x_dtype, weight_dtype, block, activation)
-    except cpu_linear.KernelBuildError as error:
-        if strict:
-            raise
-        if not _broken:
-            warnings.warn(f"ctrlcompile computes gated layers densely: {error}", RuntimeWarning, stacklevel=2)
-        _broken[key] = f"kernel not built: {error}"
-        return _broken[key]
-    _working.add(key)
-    return None
-
-
-def _try_kernels(x_dtype: torch.dtype, weight_dtype: torch.dtype, block: tuple[int, int], activation: str) -> None:
-    lists, probes = build(torch.ones(1, 1, dtype=torch.bool)), torch.full((1,), -1, dtype=torch.int32)
-    x, weight = torch.ones(1, block[1], dtype=x_dtype), torch.ones(block, dtype=weight_dtype)
-    y, _ = cpu_linear.forward(x, weight, None, lists, block, activation)
-    cpu_linear.dgrad(y, weight, lists, block)
-    cpu_linear.wgrad(y, x, weight, lists, probes, block)
-
-
-def kernel_name(device: torch.device, x_dtype: torch.dtype, weight_dtype: torch.dtype) -> str:
-    """What users call the kernel for these types: language, instruction set, type."""
-    types = {x_dtype, weight_dtype}
-    return f"C++ {isa.current().name} {' x '.join(sorted(str(dtype).removeprefix('torch.') for dtype in types))}"
-
-
-def kernel_sources(
-    device: torch.device, x_dtype: torch.dtype, weight_dtype: torch.dtype, block: tuple[int, int], activation: str
-) -> dict[str, Path]:
-    """The generated source of the kernel of each role; empty where no kernel runs."""
-    if why_no_kernel(device, x_dtype, weight_dtype, block, activation) is not None:
-        return {}
-    return cpu_linear.sources(x_dtype, weight_dtype, block, activation)
-
-
-def _kernel(x: Tensor, weight: Tensor, block: tuple[int, int], activation: str = "none") -> Any:
-    return cpu_linear if why_no_kernel(weight.device, x.dtype, weight.dtype, block, activation) is None else None
 
 
 # Shapes ---------------------------------------------------------------------------------------------------------------
@@ -247,11 +170,14 @@ torch.library.register_autograd("ctrlprune::linear", _backward, setup_context=_s
 def _autocast(device: str) -> Callable[..., tuple[Tensor, Tensor]]:
     keys = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, f"Autocast{device.upper()}"))
 
-    # The input is cast, the weight is not: the kernels round its live blocks when they pack them, and the weight's
-    # gradient comes out in the weight's own type.
-    def cast(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    # On the CPU the input is cast and the weight is not: the kernels round its live blocks when they pack them, and the
+    # weight's gradient comes out in the weight's own type. Tensor cores read the weight as it lies in memory.
+    def cast(x: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+        if x.dtype != torch.float64:
+            x = x.to(torch.get_autocast_dtype(device))
+            weight = weight if device == "cpu" else weight.to(x.dtype)
         with torch._C._ExcludeDispatchKeyGuard(keys):
-            return linear(x.to(torch.get_autocast_dtype(device)) if x.dtype != torch.float64 else x, *rest)
+            return linear(x, weight, *rest)
 
     return cast
 

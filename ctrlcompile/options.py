@@ -3,10 +3,10 @@
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from ctrlcompile.controller.budget import Budget
-from ctrlcompile.gate import Block, BlockChoice, resolve_block
+from ctrlcompile.gate import Block, BlockChoice, parse_block
 
 MODES = ("default", "max-autotune-no-cudagraphs", "max-autotune")
 
@@ -26,7 +26,7 @@ class Options:
 
     budget: Budget | None = None
     total_steps: int | None = None
-    block: Block = dataclasses.field(default_factory=lambda: resolve_block("auto"))
+    block: Block | Literal["auto"] = "auto"
     exclude: tuple[str, ...] = ()
     strict: bool = False
 
@@ -59,7 +59,7 @@ def parse(options: Mapping[str, Any] | None) -> Options:
     return Options(
         budget=None if budget is None else Budget.of(budget),
         total_steps=total_steps,
-        block=resolve_block(block),
+        block=parse_block(block),
         exclude=tuple(exclude),
         strict=strict,
     )

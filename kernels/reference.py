@@ -46,14 +46,20 @@ def linear_wgrad(
       probed ones, with g the gradient before it is rounded; zero elsewhere.
     """
     dtype = _compute_dtype(grad_z)
-    shape = (weight.shape[0], weight.shape[1])
-    gradient = grad_z.t().to(dtype) @ x.to(dtype)
-    probed = torch.zeros(mask.numel(), dtype=torch.bool, device=mask.device)
-    probed[probes[probes >= 0].long()] = True
-    measured = index_lists.expand(mask | probed.view_as(mask), block, shape)
+    return gate_gradient(grad_z.t().to(dtype) @ x.to(dtype), weight, mask, probes, block)
+
+
+def gate_gradient(
+    gradient: Tensor, weight: Tensor, mask: Tensor, probes: Tensor, block: tuple[int, int]
+) -> tuple[Tensor, Tensor]:
+    """What of a dense gradient `[N, K]` is the gated weight's, and the signals: see `linear_wgrad`."""
+    shape, blocks = (weight.shape[0], weight.shape[1]), mask.numel()
+    probed = torch.zeros(blocks + 1, dtype=torch.bool, device=mask.device)
+    probed[torch.where(probes >= 0, probes, blocks).long()] = True  # padding lands in a place past the end
+    measured = index_lists.expand(mask | probed[:-1].view_as(mask), block, shape)
     active = index_lists.expand(mask, block, shape)
     zero = gradient.new_zeros(())
-    times_weight = _block_sums(torch.where(active, weight.to(dtype) * gradient, zero), mask, block)
+    times_weight = _block_sums(torch.where(active, weight.to(gradient.dtype) * gradient, zero), mask, block)
     squared = _block_sums(torch.where(measured, gradient.square(), zero), mask, block)
     signals = torch.stack([times_weight, squared]).float()
     return torch.where(active, gradient, zero).to(weight.dtype), signals

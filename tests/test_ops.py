@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import ctrlcompile as cc
-from ctrlcompile import ops
+from ctrlcompile import kernel_choice, ops
 from ctrlcompile.kernels import cpu_linear, reference
 from ctrlcompile.kernels.index_lists import build, expand
 
@@ -215,8 +215,8 @@ def broken_compiler(monkeypatch):
     for libraries in (cpu_linear._rows_library, cpu_linear._wgrad_library):
         libraries.cache_clear()
     monkeypatch.setattr(cpu_linear.build, "load", fail)
-    monkeypatch.setattr(ops, "_broken", {})
-    monkeypatch.setattr(ops, "_working", set())
+    monkeypatch.setattr(kernel_choice, "_broken", {})
+    monkeypatch.setattr(kernel_choice, "_working", set())
 
 
 @pytest.mark.usefixtures("broken_compiler")

@@ -12,7 +12,7 @@ def test_no_options_gate_with_every_block_active_and_no_controller():
     for nothing in (None, {}):
         options = parse(nothing)
         assert (options.budget, options.total_steps, options.exclude, options.strict) == (None, None, (), False)
-        assert options.block == (32, 32)
+        assert options.block == "auto"
 
 
 def test_given_values_arrive():

@@ -16,7 +16,7 @@ from typing import Literal
 
 import torch
 
-from ctrlcompile import ops
+from ctrlcompile import kernel_choice, ops
 from ctrlcompile.kernels import build, index_lists, isa, reference
 
 OLDEST_TORCH = "2.11"
@@ -115,7 +115,7 @@ def _kernels(device: str) -> Check:
 def probe(device_type: str) -> None:
     """Prints, as JSON, why kernels cannot run on a device, or else their largest error and that of dense products."""
     device, block, (m, k, n) = torch.device(device_type), (16, 32), (70, 150, 90)
-    reason = ops.why_no_kernel(device, torch.float32, torch.float32, block, "relu", strict=True)
+    reason = kernel_choice.why_no_kernel(device, torch.float32, torch.float32, block, "relu", strict=True)
     if reason is not None:
         print(json.dumps({"reason": reason}))
         return

@@ -9,7 +9,7 @@ from typing import Any, Literal
 from rich.table import Table
 from torch import Tensor, nn
 
-from ctrlcompile import ops
+from ctrlcompile import kernel_choice
 from ctrlcompile.gate import Block, Gate, plain
 from ctrlcompile.inspect import tables
 from ctrlcompile.inspect.graphs import Graph
@@ -183,7 +183,7 @@ def _row(
         why = linear.reason or "no gate"
         return Row(name, linear.module, shape, False, why, None, 1.0, "Inductor", dense, dense, where)
     types = (parameter.device, linear.x_dtype, parameter.dtype)
-    reason = ops.why_no_kernel(*types, gate.block, activation)
-    kernel = ops.kernel_name(*types) if reason is None else f"dense ({reason})"
-    used, sources = dense * gate.active_share, ops.kernel_sources(*types, gate.block, activation)
+    reason = kernel_choice.why_no_kernel(*types, gate.block, activation)
+    kernel = kernel_choice.kernel_name(*types) if reason is None else f"dense ({reason})"
+    used, sources = dense * gate.active_share, kernel_choice.kernel_sources(*types, gate.block, activation)
     return Row(name, linear.module, shape, True, "", gate.block, gate.density, kernel, used, dense, where, sources)

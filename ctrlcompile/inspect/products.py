@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ctrlcompile import calls, ops
+from ctrlcompile import calls, kernel_choice, ops
 from ctrlcompile.gate import Gate
 
 ROLES = tuple(calls.ROLES.values())
@@ -67,8 +67,8 @@ class Product:
         """What computes it."""
         weight = self.arguments["weight"]
         types = (weight.device, self.dtype, weight.dtype)
-        reason = ops.why_no_kernel(*types, self.gate.block, self.arguments.get("activation", "none"))
-        return ops.kernel_name(*types) if reason is None else f"dense ({reason})"
+        reason = kernel_choice.why_no_kernel(*types, self.gate.block, self.arguments.get("activation", "none"))
+        return kernel_choice.kernel_name(*types) if reason is None else f"dense ({reason})"
 
     @property
     def dense_flops(self) -> float:

@@ -1,0 +1,42 @@
+"""The gated linear by the framework's dense products: for densities at which those are faster than any list.
+
+Same verbs as the kernels beside this. The weight's masked blocks are taken to be zero, which a gate keeps true, so only
+the weight gradient looks at the lists. Nothing waits for the device.
+"""
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import index_lists, reference
+from .index_lists import BlockLists
+
+Block = tuple[int, int]
+
+
+def forward(
+    x: Tensor, weight: Tensor, bias: Tensor | None, lists: BlockLists, block: Block, activation: str
+) -> tuple[Tensor, Tensor]:
+    """`y = activation(z)`, `z = x @ weight.T + bias`; z is empty but for the gelu activations, as kernels have it.
+
+    x `[M, K]`, weight `[N, K]` in x's dtype, bias `[N]` of any floating dtype or None -> `[M, N]` in x's dtype.
+    """
+    z = F.linear(x, weight, None if bias is None else bias.to(x.dtype))
+    keeps_z = activation.startswith("gelu")
+    return reference.activate(z, activation), z if keeps_z else x.new_empty(0)
+
+
+def dgrad(grad_z: Tensor, weight: Tensor, lists: BlockLists, block: Block) -> Tensor:
+    """Gradient with respect to the input: grad_z `[M, N]`, weight `[N, K]` -> `[M, K]`."""
+    return grad_z @ weight
+
+
+def wgrad(
+    grad_z: Tensor, x: Tensor, weight: Tensor, lists: BlockLists, probes: Tensor, block: Block
+) -> tuple[Tensor, Tensor]:
+    """Gradient with respect to the weight, zero in masked blocks, and the signals of the blocks.
+
+    grad_z `[M, N]`, x `[M, K]`, weight `[N, K]`, probes int32 `[P]` padded with -1 -> grad_weight `[N, K]` in the
+    weight's dtype, signals float32 `[2, R, C]` as `reference.linear_wgrad` has them, of the rounded gradient.
+    """
+    gradient = grad_z.t() @ x
+    return reference.gate_gradient(gradient, weight, index_lists.mask_of(lists), probes, block)
