@@ -3,7 +3,8 @@
 In the same go it measures the dense product of the same role, which tells from which density on it is faster: the
 `crossover`. The first call with a shape compiles and times up to six tiles, ten to thirty seconds of a user's time,
 so that the lists of candidates are kept short; numbers of rows are tuned by powers of 2. Where nothing can be timed,
-while a CUDA graph is captured, without a GPU or with `CTRLCOMPILE_TUNE=0`, the best guess serves.
+while a CUDA graph is captured, without a GPU or with `CTRLCOMPILE_TUNE=0`, and for products too small to matter, the
+best guess serves.
 
 What was found lies in one small file per case in the kernel cache. It is written at once, so that any number of
 processes may tune at a time; a file that cannot be read, or names no candidate, counts as none.
@@ -34,6 +35,7 @@ Clock = Callable[[Tile | None, float], float]
 
 _DENSITY = 0.4  # of the random mask that tiles are compared on
 _LOW, _HIGH = 0.25, 1.0  # of those that the crossover is computed from
+_WORTH_TUNING = 2**27  # FLOPs of the dense product: a smaller one takes less time than launching it
 
 
 @dataclass(frozen=True)
@@ -149,7 +151,7 @@ def _choice(case: Case) -> Choice:
             "it has too little shared memory",
             "Choose smaller blocks",
         )
-    if not _may_time(case.device):
+    if not _may_time(case):
         return Choice(candidates[0], 1.0)
     choice = _read(case, candidates)
     if choice is None:
@@ -164,10 +166,11 @@ def _choice(case: Case) -> Choice:
     return choice
 
 
-def _may_time(device: torch.device) -> bool:
-    if device.type != "cuda" or os.environ.get("CTRLCOMPILE_TUNE") == "0":
+def _may_time(case: Case) -> bool:
+    if case.device.type != "cuda" or os.environ.get("CTRLCOMPILE_TUNE") == "0":
         return False
-    return not torch.cuda.is_current_stream_capturing()
+    small = 2 * case.m * case.outputs * case.inputs < _WORTH_TUNING
+    return not small and not torch.cuda.is_current_stream_capturing()
 
 
 def _device_clock(case: Case) -> Clock:
