@@ -172,6 +172,14 @@ class Gate:
         """Probed entries / all entries."""
         return self.probed_area / math.prod(self.shape)
 
+    def check_is_in(self, block: Block | Literal["auto"]) -> None:
+        """Raises ValueError when other blocks are asked for than the gate was made with."""
+        if block not in ("auto", self.block):
+            raise ValueError(
+                f"{self.name} is gated in blocks of {self.block} already, asked for {block}: they are chosen once, by "
+                "gates(), a Controller or the first compiled call. Ask there, or for the same block here"
+            )
+
     def picture(self, width: int = 64, height: int = 24) -> str:
         """The mask as text: one character per block or, on a larger grid, per patch of blocks; `█` full, ` ` empty.
 
@@ -286,18 +294,15 @@ def gates(
             continue
         if not fnmatch.fnmatch(name, include) or name_excluded(name, exclude):
             continue
-        gate, wanted = registry.get(weight), resolve_block(block, weight)
+        gate = registry.get(weight)
         if gate is None:
+            wanted = resolve_block(block, weight)
             if _shared_with_other_kind(model, weight):
                 registry.refuse(weight, "shared with a module that is not a linear")
             if registry.refusal(weight) or (block == "auto" and too_small(tuple(weight.shape), wanted)):
                 continue
             gate = registry.get_or_create(weight, wanted, name)
-        elif block != "auto" and gate.block != wanted:
-            raise ValueError(
-                f"{name} is gated in blocks of {gate.block} already, asked for {wanted}: call gates() before the first "
-                "compiled call and before a Controller is made, or ask for the same block"
-            )
+        gate.check_is_in(block)
         gate.name = name
         found[name] = gate
     return found

@@ -85,6 +85,8 @@ def _why_dense(
     if (pattern := name_excluded(name, options.exclude)) is not None:
         return f"excluded by {pattern!r}"
     gate = registry.get(parameter)
+    if gate is not None:
+        gate.check_is_in(options.block)
     block = resolve_block(options.block, parameter) if gate is None else gate.block
     if gate is None and not parameter.requires_grad:
         return "frozen: it has no gradient to judge blocks by"

@@ -173,6 +173,14 @@ def test_a_second_instance_with_other_blocks_and_a_dense_third_share_dynamos_gra
     assert {gate.block for gate in cc.gates(models[1]).values()} == {(16, 8)}
 
 
+def test_another_block_than_a_weight_is_gated_in_is_refused_by_name():
+    model = MLP()
+    cc.gates(model, 8)
+    run = torch.compile(model, backend="ctrlprune", options={"block": 16})
+    with pytest.raises(Exception, match=r"fc1\.weight is gated in blocks of \(8, 8\) already, asked for \(16, 16\)"):
+        run(torch.randn(2, 40))
+
+
 def test_module_compile_keeps_the_state_dicts_keys_clean():
     model = MLP()
     gates = cc.gates(model, 8)
