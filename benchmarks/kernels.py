@@ -1,221 +1,372 @@
 """Block-sparse kernels against dense products: how much of the work that is skipped becomes time.
 
-    python benchmarks/kernels.py            # all shapes, blocks, densities: about ten minutes
-    python benchmarks/kernels.py --quick    # two shapes, blocks of 32, without autotuning: about a minute
+    python benchmarks/kernels.py                    # a CPU: all shapes, blocks, densities; about ten minutes
+    python benchmarks/kernels.py --quick            # two shapes, blocks of 32, without autotuning: about a minute
+    python benchmarks/kernels.py --device cuda      # a GPU: bfloat16; `--seconds 180` begins no case after three minutes
 
-For each shape, block and density, in one run and alternating: ours and the dense product, eager, compiled by Inductor
-and autotuned by it (the best of the three counts). Two ratios are printed for each role, forward, dgrad, wgrad: density
-x dense time / our time, which is 1 where a skipped block costs nothing and the others what they cost the dense product;
-and our FLOP rate over the peak rate of fused multiply-adds, measured in the same run. With `--bsr`, PyTorch's own
-block-sparse linear is timed as well. Times are medians; results go to `benchmarks/results/kernels.json`.
+For each shape, block and role (forward, dgrad, wgrad), in one run and alternating: ours at each density of a random
+mask, the dense product eager (cuBLAS on a GPU) and autotuned by Inductor, and the machine's own limits. Medians, of
+random data. On a GPU several calls are captured in one CUDA graph and timed by events, so that no host time is in them,
+over more inputs than the second-level cache holds. `--bsr` times PyTorch's own block-sparse linear, called as it is.
 
-On two cores of an AMD EPYC (Zen 3, AVX2), `--shapes 1 2 --blocks 32 64 --rounds 7` ends in (columns: density):
+- `dense`: the best of the dense ways; `speed-up`: its time over ours.
+- `of eager`, `of best`: density x dense time / ours, of the eager way and of the best: 1 where a skipped block costs
+  nothing and the others what they cost the dense product; the rate as a fraction of the dense product's at equal FLOPs.
+- `of roofline`: the least time, max(FLOPs / peak, bytes / bandwidth), over ours; peak and bandwidth from the same run.
+- `break-even`: the density below which ours is faster than the best dense way; `tuned`: what the tuner takes it to be.
+- `BSR`: the time of PyTorch's block-sparse linear over ours.
+- `error`: root mean square against float64, over that of the dense product in the same type.
 
-    M, K, N          block  role      dense of peak          1.0          0.5         0.25          0.1
-    2048, 768, 3072     64  forward  0.70 autotuned  1.08 (0.76)  1.09 (0.76)  1.06 (0.74)  0.91 (0.64)
-    2048, 768, 3072     64  dgrad        0.72 eager  1.08 (0.78)  1.06 (0.77)  1.03 (0.74)  0.93 (0.68)
-    2048, 768, 3072     64  wgrad        0.82 eager  0.95 (0.78)  0.93 (0.76)  0.91 (0.75)  0.80 (0.65)
-    ...
+On two cores of an AMD EPYC (Zen 3, AVX2), `--shapes 1 --blocks 64` (columns to the right left out):
+
+    M, K, N            block  role     density     ours ms    dense ms         speed-up  of eager  of best  of roofline
+    2048, 768, 3072    64x64  forward   0.500       31.57      68.63 autotuned   2.17x
 """
 
 import argparse
-import ctypes
 import functools
 import json
-import os
-import platform
+import math
 import statistics
-import subprocess
-import sys
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from machine import describe
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from ctrlcompile.kernels import build, cpp_vectors, cpu_linear, index_lists, isa
+from ctrlcompile.inspect import limits
+from ctrlcompile.inspect.clock import alternate
+from ctrlcompile.kernels import cpu_linear, index_lists, triton_linear
 
-SHAPES = [(512, 1024, 3072), (2048, 768, 3072), (2048, 3072, 768), (4096, 768, 768), (2048, 384, 1536)]  # M, K, N
-DENSITIES = [1.0, 0.5, 0.25, 0.1]
-ROLES = ["forward", "dgrad", "wgrad"]
+DENSITIES = (1.0, 0.5, 0.25, 0.1)
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+GRAPH_CALLS = 8  # at least so many calls in one CUDA graph, whose launch costs as much as a small product
+
+Sizes = tuple[int, int, int]  # M, K, N
+Block = tuple[int, int]
 Row = dict[str, Any]
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
-PEAK = """
-}  // namespace
 
-// Multiply-adds of `rounds` rounds on each of `threads` threads: twelve independent sums each, as many as hide latency.
-extern "C" void multiply_adds(int64_t rounds, int threads) {
-#pragma omp parallel num_threads(threads)
-  {
-    Wide::f sums[12] = {}, a = {}, b = {};
-    for (int64_t i = 0; i < rounds; ++i) {
-      UNROLL for (int j = 0; j < 12; ++j) sums[j] += a * b;
-      UNROLL for (int j = 0; j < 12; ++j) asm volatile("" : "+x"(sums[j]));
-    }
-  }
+@dataclass(frozen=True)
+class Setting:
+    """What is measured on a kind of device unless asked otherwise; the first shapes matter most."""
+
+    kernels: Any  # what has forward, dgrad, wgrad and supported
+    shapes: tuple[Sizes, ...]
+    blocks: tuple[Block, ...]
+    dtype: str
+    rounds: int
+
+
+SETTINGS = {
+    "cpu": Setting(
+        cpu_linear,
+        ((512, 1024, 3072), (2048, 768, 3072), (2048, 3072, 768), (4096, 768, 768), (2048, 384, 1536)),
+        ((32, 32), (64, 64)),
+        "float32",
+        7,
+    ),
+    "cuda": Setting(
+        triton_linear,
+        ((8192, 4096, 4096), (16384, 1024, 4096), (16384, 4096, 1024), (4096, 8192, 8192), (4096, 1024, 1024)),
+        ((128, 64), (128, 128), (64, 64)),
+        "bfloat16",
+        15,
+    ),
 }
-"""
 
 
-def measure_peak() -> Callable[[], float]:
-    """A function that measures the machine's rate of fused multiply-adds, in FLOP/s."""
-    target, threads, rounds = isa.current(), torch.get_num_threads(), 2_000_000
-    source = cpp_vectors.prelude(target) + f"typedef v{target.lanes} Wide;\n" + PEAK
-    library = build.load("peak", source, target.flags)
-    library.multiply_adds.argtypes = [ctypes.c_int64, ctypes.c_int]
+class Inputs(NamedTuple):
+    """x `[M, K]`, the gradient of the output `[M, N]` and the weight `[N, K]`."""
 
-    def measure() -> float:
-        started = time.perf_counter()
-        library.multiply_adds(rounds, threads)
-        return 2 * 12 * target.lanes * rounds * threads / (time.perf_counter() - started)
-
-    return measure
+    x: Tensor
+    grad: Tensor
+    weight: Tensor
 
 
-def dense_products(autotune: bool) -> dict[str, dict[str, Callable[..., Tensor]]]:
-    """For each role, the dense product by every way that PyTorch has of computing it."""
-    products: dict[str, Callable[..., Tensor]] = {
-        "forward": lambda x, g, w: F.linear(x, w),
-        "dgrad": lambda x, g, w: g @ w,
-        "wgrad": lambda x, g, w: g.t() @ x,
-    }
-    ways = {}
-    for role, product in products.items():
-        ways[role] = {"eager": product, "inductor": torch.compile(product, dynamic=False)}
+class Rates(NamedTuple):
+    """What the machine can do at most: FLOP/s and bytes/s."""
+
+    peak: float
+    bandwidth: float
+
+    def least_seconds(self, flops: float, moved: float) -> float:
+        """The roofline: work of so many FLOPs on so many bytes takes at least so long."""
+        return max(flops / self.peak, moved / self.bandwidth)
+
+
+PRODUCTS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
+    "forward": lambda x, grad, weight: F.linear(x, weight),
+    "dgrad": lambda x, grad, weight: grad @ weight,
+    "wgrad": lambda x, grad, weight: grad.t() @ x,
+}
+Ways = Mapping[str, Callable[..., Tensor]]
+
+
+def dense_ways(device: torch.device, autotune: bool) -> dict[str, Ways]:
+    """For each role, the dense product by the ways that PyTorch has of computing it."""
+    ways: dict[str, Ways] = {}
+    for role, product in PRODUCTS.items():
+        known: dict[str, Callable[..., Tensor]] = {"eager": product}
+        if device.type == "cpu":  # on a GPU Inductor calls what eager calls, unless it tunes
+            known["inductor"] = torch.compile(product, dynamic=False)
         if autotune:
-            ways[role]["autotuned"] = torch.compile(product, mode="max-autotune", dynamic=False)
+            known["autotuned"] = torch.compile(product, mode="max-autotune-no-cudagraphs", dynamic=False)
+        ways[role] = known
     return ways
 
 
 def compare(
-    shape: tuple[int, int, int], block: int, dtype: torch.dtype, dense: dict[str, dict[str, Callable[..., Tensor]]],
+    shape: Sizes, block: Block, dtype: torch.dtype, device: torch.device, kernels: Any, dense: Mapping[str, Ways],
     rounds: int, bsr: bool,
-) -> list[Row]:  # fmt: skip
-    """One row of results for each role and density."""
+) -> tuple[list[Row], Rates]:  # fmt: skip
+    """What was measured, one row for each role and density, and the rates of the machine meanwhile."""
     m, k, n = shape
-    x, g, w = torch.randn(m, k).to(dtype), torch.randn(m, n).to(dtype), (torch.randn(n, k) / k**0.5).to(dtype)
-    grid, sides = index_lists.grid_shape((n, k), (block, block)), (block, block)
-    masks = {density: torch.rand(grid) < density for density in DENSITIES}
+    sets = draw(shape, dtype, device)
+    grid = index_lists.grid_shape((n, k), block)
+    masks = {density: random_mask(grid, density).to(device) for density in DENSITIES}
     lists = {density: index_lists.build(mask) for density, mask in masks.items()}
-    probes = torch.full((8,), -1, dtype=torch.int32)
-    ours: dict[str, Callable[[float], object]] = {
-        "forward": lambda d: cpu_linear.forward(x, w, None, lists[d], sides, "none"),
-        "dgrad": lambda d: cpu_linear.dgrad(g, w, lists[d], sides),
-        "wgrad": lambda d: cpu_linear.wgrad(g, x, w, lists[d], probes, sides),
-    }
-    rows = []
-    for role in ROLES:
-        calls: dict[object, Callable[[], object]] = {
-            way: functools.partial(function, x, g, w) for way, function in dense[role].items()
-        }
-        calls |= {density: functools.partial(ours[role], density) for density in DENSITIES}
-        if bsr and role == "forward":
-            for density in DENSITIES:
-                entries = index_lists.expand(masks[density], sides, (n, k))
-                sparse = torch.where(entries, w, 0).to_sparse_bsr(sides)
-                calls["bsr", density] = functools.partial(F.linear, x, sparse)
-        times = alternate(calls, rounds)
-        way = min(dense[role], key=lambda name: times[name])
+    entries = {density: index_lists.expand(mask, block, (n, k)) for density, mask in masks.items()}
+    actual = {density: mask.float().mean().item() for density, mask in masks.items()}
+    probes = torch.full((max(1, grid[0] * grid[1] // 64),), -1, dtype=torch.int32, device=device)
+
+    def ours(role: str, density: float, inputs: Inputs) -> Tensor:
+        x, grad, weight = inputs
+        if role == "forward":
+            return kernels.forward(x, weight, None, lists[density], block, "none")[0]
+        if role == "dgrad":
+            return kernels.dgrad(grad, weight, lists[density], block)
+        return kernels.wgrad(grad, x, weight, lists[density], probes, block)[0]
+
+    peak, copy = limits.peak(device, dtype), limits.copy(device)
+    rates: list[Rates] = []
+    rows: list[Row] = []
+    for role, ways in dense.items():
+        refused: dict[float, str] = {}
+        timed: dict[Any, Callable[[], object]] = {"peak": peak.run, "copy": copy.run}
+        for way, product in ways.items():
+            timed[way] = together([functools.partial(product, *inputs) for inputs in sets], device)
         for density in DENSITIES:
-            active = masks[density].float().mean().item()
+            timed[density] = together([functools.partial(ours, role, density, inputs) for inputs in sets], device)
+        for density in DENSITIES if bsr and role == "forward" else ():
+            try:
+                timed["bsr", density] = block_sparse(sets, entries[density], block)
+            except Exception as error:  # whatever it does not take: other contestants run all the same
+                refused[density] = f"{type(error).__name__}: {error}"
+        times = alternate(timed, rounds, device)
+        seconds = {name: statistics.median(values) / len(sets) for name, values in times.items()}
+        rates.append(Rates(peak.amount / min(times["peak"]), copy.amount / min(times["copy"])))
+        best = min(seconds[way] for way in ways)
+        tuned = kernels.crossover(role, dtype, block, m, n, k, device) if kernels is triton_linear else None
+        crossing, inputs = break_even({actual[density]: seconds[density] for density in DENSITIES}, best), sets[0]
+        for density in DENSITIES:
             rows.append(
                 {
-                    "role": role, "M": m, "K": k, "N": n, "block": block, "density": density,
-                    "dtype": str(dtype).removeprefix("torch."), "ours_ms": times[density] * 1e3,
-                    "dense_ms": times[way] * 1e3, "dense_way": way,
-                    "efficiency": active * times[way] / times[density],
-                    "flops": 2 * m * k * n * active / times[density],
-                    "bsr_ms": times["bsr", density] * 1e3 if ("bsr", density) in times else None,
+                    "role": role, "M": m, "K": k, "N": n, "block": list(block),
+                    "dtype": str(dtype).removeprefix("torch."), "density": actual[density],
+                    "ours_ms": seconds[density] * 1e3, "dense_ms": {way: seconds[way] * 1e3 for way in ways},
+                    "bsr_ms": seconds["bsr", density] * 1e3 if ("bsr", density) in seconds else None,
+                    "bsr_refused": refused.get(density),
+                    "break_even": crossing, "tuned_break_even": tuned,
+                    "error": error_ratio(role, inputs, entries[density], ours(role, density, inputs)),
                 }
             )  # fmt: skip
-    return rows
+    return rows, fastest(rates)
 
 
-def alternate(calls: dict[object, Callable[[], object]], rounds: int) -> dict[object, float]:
-    """The median time of each call, in seconds, over rounds that make each call once."""
-    for call in calls.values():  # compiles, and settles the allocator
-        call()
-        call()
-    times: dict[object, list[float]] = {name: [] for name in calls}
-    for _ in range(rounds):
-        for name, call in calls.items():
-            started = time.perf_counter()
+def draw(shape: Sizes, dtype: torch.dtype, device: torch.device) -> list[Inputs]:
+    """Random inputs; on a GPU so many sets in turn that its second-level cache never holds what the next call reads."""
+    m, k, n = shape
+    bytes_of_a_set = (m * k + m * n + n * k) * dtype.itemsize
+    cache = 4 * torch.cuda.get_device_properties(device).L2_cache_size if device.type == "cuda" else 0
+    sets = [
+        Inputs(*(torch.randn(size, device=device).to(dtype) for size in ((m, k), (m, n), (n, k))))
+        for _ in range(max(1, math.ceil(cache / bytes_of_a_set)))
+    ]
+    calls = max(GRAPH_CALLS, len(sets)) if device.type == "cuda" else 1
+    return [sets[i % len(sets)] for i in range(calls)]
+
+
+def random_mask(grid: tuple[int, int], density: float) -> Tensor:
+    """Boolean `grid`, with exactly so many of its blocks active, one at least."""
+    blocks = grid[0] * grid[1]
+    mask = torch.zeros(blocks, dtype=torch.bool)
+    mask[torch.randperm(blocks)[: max(1, round(density * blocks))]] = True
+    return mask.view(grid)
+
+
+def together(calls: Sequence[Callable[[], object]], device: torch.device) -> Callable[[], object]:
+    """All of the calls as one; on a GPU captured in a CUDA graph, after a first time that compiles and tunes."""
+
+    def run() -> None:
+        for call in calls:
             call()
-            times[name].append(time.perf_counter() - started)
-    return {name: statistics.median(values) for name, values in times.items()}
+
+    if device.type != "cuda":
+        return run
+    run()
+    torch.cuda.synchronize(device)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+
+    def replay(kept: object = calls) -> None:  # they hold the memory that the graph reads
+        graph.replay()
+
+    return replay
 
 
-def show(rows: list[Row], peak: float) -> None:
-    """A line for each shape and block; a cell holds density x dense time / our time, and the fraction of peak."""
-    table = Table(title=f"density x dense time / our time (our rate / {peak / 1e9:.0f} GFLOP/s)")
-    for heading in ("M, K, N", "block", "type", "role", "dense of peak", *map(str, DENSITIES)):
-        table.add_column(heading, justify="left" if heading in ("M, K, N", "role") else "right")
-    lines: dict[tuple[object, ...], list[Row]] = {}
-    for row in rows:
-        line = (f"{row['M']}, {row['K']}, {row['N']}", row["block"], row["dtype"], row["role"])
-        lines.setdefault(line, []).append(row)
-    for key, cells in lines.items():
-        first = cells[0]
-        dense = 2e3 * first["M"] * first["K"] * first["N"] / first["dense_ms"] / peak
-        texts = [f"{cell['efficiency']:.2f} ({cell['of_peak']:.2f})" for cell in cells]
-        table.add_row(*map(str, key), f"{dense:.2f} {first['dense_way']}", *texts)
-    Console(width=130).print(table)
+def block_sparse(sets: Sequence[Inputs], entries: Tensor, block: Block) -> Callable[[], object]:
+    """PyTorch's block-sparse linear on all of the inputs, ready to call. Raises what it raises."""
+    weights = {id(inputs): torch.where(entries, inputs.weight, 0).to_sparse_bsr(block) for inputs in sets}
+
+    def run() -> None:
+        for inputs in sets:
+            F.linear(inputs.x, weights[id(inputs)])
+
+    run()
+    return run
 
 
-def machine() -> dict[str, object]:
-    """What the figures were taken on and with."""
-    name = platform.processor()
-    if Path("/proc/cpuinfo").exists():
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                name = line.partition(":")[2].strip()
-                break
-    version = subprocess.run([*build.compiler(), "--version"], capture_output=True, text=True).stdout.splitlines()[0]
-    return {
-        "cpu": name, "cores": os.cpu_count(), "threads": torch.get_num_threads(), "isa": isa.current().name,
-        "torch": torch.__version__, "python": platform.python_version(), "compiler": version,
-        "command": " ".join(["python", "benchmarks/kernels.py", *sys.argv[1:]]),
+def error_ratio(role: str, inputs: Inputs, entries: Tensor, ours: Tensor) -> float:
+    """Root mean square error of ours against float64, over that of the dense product in the same type."""
+
+    def dense(x: Tensor, grad: Tensor, weight: Tensor) -> Tensor:
+        if role == "wgrad":
+            return torch.where(entries, PRODUCTS[role](x, grad, weight), 0)
+        return PRODUCTS[role](x, grad, torch.where(entries, weight, 0))
+
+    exact = dense(*(tensor.double() for tensor in inputs))
+    error, dense_error = ((result.double() - exact).square().mean().sqrt().item() for result in (ours, dense(*inputs)))
+    return error / dense_error
+
+
+def break_even(ours: Mapping[float, float], dense: float) -> float:
+    """The density below which ours is faster, on the line between the two measured densities around it.
+
+    `ours` are seconds by density, `dense` seconds. 1 where ours is faster at the highest density measured, 0 where it
+    is slower at the lowest.
+    """
+    densities = sorted(ours, reverse=True)
+    if ours[densities[0]] <= dense:
+        return 1.0
+    for above, below in zip(densities, densities[1:], strict=False):
+        if ours[below] <= dense:
+            return below + (above - below) * (dense - ours[below]) / (ours[above] - ours[below])
+    return 0.0
+
+
+def fastest(rates: Sequence[Rates]) -> Rates:
+    """The highest of each rate."""
+    return Rates(max(rate.peak for rate in rates), max(rate.bandwidth for rate in rates))
+
+
+def ratios(row: Row, rates: Rates) -> Row:
+    """A measured row with what follows from it."""
+    m, k, n, density, ours = row["M"], row["K"], row["N"], row["density"], row["ours_ms"] / 1e3
+    way = min(row["dense_ms"], key=lambda name: row["dense_ms"][name])
+    best, eager = row["dense_ms"][way] / 1e3, row["dense_ms"]["eager"] / 1e3
+    flops = 2 * m * k * n * density
+    # Input and output whole, of the weight the active blocks; wgrad also writes its gradient, zeros and all.
+    moved = (m * (k + n) + n * k * (density + (row["role"] == "wgrad"))) * DTYPES[row["dtype"]].itemsize
+    return row | {
+        "dense_way": way, "speedup": best / ours, "of_eager": density * eager / ours, "of_best": density * best / ours,
+        "flops": flops / ours, "of_peak": flops / rates.peak / ours,
+        "of_roofline": rates.least_seconds(flops, moved) / ours,
+        "bsr_ratio": row["bsr_ms"] / row["ours_ms"] if row["bsr_ms"] is not None else None,
     }  # fmt: skip
 
 
+def show(rows: Sequence[Row], rates: Rates) -> None:
+    """A line for each shape, block, role and density."""
+    peak, bandwidth = rates.peak / 1e9, rates.bandwidth / 1e9
+    table = Table(title=f"at most {peak:.4g} GFLOP/s and {bandwidth:.4g} GB/s, measured", header_style="bold", box=None)
+    for heading in ("M, K, N", "block", "role"):
+        table.add_column(heading)
+    for heading in ("density", "ours ms", "dense ms", "speed-up", "of eager", "of best", "of roofline", "break-even"):
+        table.add_column(heading, justify="right")
+    for heading in ("tuned", "BSR", "error"):
+        table.add_column(heading, justify="right")
+    for row in rows:
+        tuned, bsr = row["tuned_break_even"], row["bsr_ratio"]
+        table.add_row(
+            f"{row['M']}, {row['K']}, {row['N']}", "x".join(map(str, row["block"])), row["role"],
+            f"{row['density']:.3f}", f"{row['ours_ms']:.3f}",
+            f"{row['dense_ms'][row['dense_way']]:.3f} {row['dense_way']}", f"{row['speedup']:.2f}x",
+            f"{row['of_eager']:.2f}", f"{row['of_best']:.2f}", f"{row['of_roofline']:.2f}", f"{row['break_even']:.2f}",
+            "" if tuned is None else f"{tuned:.2f}", "" if bsr is None else f"{bsr:.1f}x", f"{row['error']:.2f}",
+        )  # fmt: skip
+    Console(width=150).print(table)
+
+
+def a_block(text: str) -> Block:
+    """`64` or `128x64`, as block_out x block_in. Raises ValueError for anything else."""
+    sides = [int(side) for side in text.split("x")]
+    if len(sides) > 2:
+        raise ValueError(text)
+    return sides[0], sides[-1]
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Block-sparse kernels against dense products.")
-    parser.add_argument("--quick", action="store_true", help="two shapes, blocks of 32, no autotuning")
-    parser.add_argument("--dtype", choices=DTYPES, default="float32")
-    parser.add_argument("--blocks", type=int, nargs="+", default=[32, 64])
-    parser.add_argument("--shapes", type=int, nargs="+", help="which of the shapes, by number from 0")
-    parser.add_argument("--rounds", type=int, default=7)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=SETTINGS, default="cpu")
+    parser.add_argument("--quick", action="store_true", help="two shapes, the first block, no autotuning")
+    parser.add_argument("--dtype", choices=DTYPES, help="default: float32 on a CPU, bfloat16 on a GPU")
+    parser.add_argument("--blocks", type=a_block, nargs="+", metavar="BLOCK", help="64, or 128x64 as out x in")
+    parser.add_argument("--shapes", type=int, nargs="+", help="which of the device's shapes, by number from 0")
+    parser.add_argument("--sizes", type=int, nargs=3, metavar=("M", "K", "N"), help="a shape of one's own instead")
+    parser.add_argument("--rounds", type=int, help="timed rounds; default: 7 on a CPU, 15 on a GPU")
+    parser.add_argument("--seconds", type=float, default=math.inf, help="begin no shape and block after so long")
     parser.add_argument("--no-autotune", action="store_true", help="leave out Inductor's autotuned products")
     parser.add_argument("--bsr", action="store_true", help="time PyTorch's own block-sparse linear, too")
-    parser.add_argument("--json", type=Path, help="where results go")
-    arguments = parser.parse_args()
+    parser.add_argument("--json", type=Path, help="write the results here, after every shape and block")
+    args = parser.parse_args()
+    if args.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: this PyTorch sees no GPU")
     warnings.filterwarnings("ignore", message="Sparse BSR tensor support")
 
-    chosen = arguments.shapes or ([1, 2] if arguments.quick else range(len(SHAPES)))
-    blocks = [32] if arguments.quick else arguments.blocks
-    dense = dense_products(autotune=not (arguments.quick or arguments.no_autotune))
-    measure = measure_peak()
-    peak = max(measure() for _ in range(5))
-    torch._dynamo.config.recompile_limit = 8 * len(SHAPES)
+    started, device, setting = time.monotonic(), torch.device(args.device), SETTINGS[args.device]
+    dtype = DTYPES[args.dtype or setting.dtype]
+    numbers = args.shapes or ([1, 2] if args.quick else range(len(setting.shapes)))
+    if not all(0 <= number < len(setting.shapes) for number in numbers):
+        parser.error(f"--shapes are numbered 0 to {len(setting.shapes) - 1}")
+    shapes = [tuple(args.sizes)] if args.sizes else [setting.shapes[number] for number in numbers]
+    blocks = args.blocks or (setting.blocks[:1] if args.quick else setting.blocks)
+    for block in blocks:
+        if (reason := setting.kernels.supported(dtype, dtype, block)) is not None:
+            parser.error(reason)
+    dense = dense_ways(device, autotune=not (args.quick or args.no_autotune))
+    torch._dynamo.config.recompile_limit = 8 * len(shapes)
+
     rows: list[Row] = []
-    for i in chosen:
-        for block in blocks:
-            rows += compare(SHAPES[i], block, DTYPES[arguments.dtype], dense, arguments.rounds, arguments.bsr)
-            peak = max(peak, measure())
-    for row in rows:
-        row["of_peak"] = row["flops"] / peak
-    show(rows, peak)
-    name = "kernels.json" if arguments.dtype == "float32" else f"kernels_{arguments.dtype}.json"
-    path = arguments.json or Path(__file__).parent / "results" / name
-    path.parent.mkdir(exist_ok=True)
-    path.write_text(json.dumps({"machine": machine(), "peak_flops": peak, "rows": rows}, indent=1) + "\n")
+    rates: list[Rates] = []
+    cases = [(shape, block) for shape in shapes for block in blocks]
+    for number, (shape, block) in enumerate(cases):
+        if rows and time.monotonic() - started > args.seconds:
+            break
+        rounds = args.rounds or setting.rounds
+        measured, case_rates = compare(shape, block, dtype, device, setting.kernels, dense, rounds, args.bsr)
+        rows += measured
+        rates.append(case_rates)
+        if args.json:
+            left_out = [{"sizes": shape, "block": block} for shape, block in cases[number + 1 :]]
+            at_most = fastest(rates)
+            result = {
+                "machine": describe(device), "peak_flops": at_most.peak, "copy_bytes": at_most.bandwidth,
+                "left_out": left_out, "rows": [ratios(row, at_most) for row in rows],
+            }  # fmt: skip
+            args.json.write_text(json.dumps(result, indent=1) + "\n")
+    show([ratios(row, fastest(rates)) for row in rows], fastest(rates))
+    if left := len(cases) - len(rates):
+        print(f"{left} of {len(cases)} shapes and blocks left out after {args.seconds:g} seconds")
 
 
 if __name__ == "__main__":
