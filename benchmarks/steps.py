@@ -4,8 +4,9 @@
     python benchmarks/steps.py --width 384 --json FILE
     python benchmarks/steps.py --device cuda            # GPT-2's size, 16 sequences of 1024, bfloat16 autocast
 
-A step is forward, backward, AdamW (fused), and the gradients set to None; on a GPU it ends when the device has ended. Every contestant takes one step in turn, so that a
-drift of the machine's clock meets all alike; a row's speed-up is the median of its time over the dense step's median.
+A step is forward, backward, AdamW (fused), and the gradients set to None; on a GPU it ends when the device has ended.
+Every contestant takes one step in turn, so that a drift of the machine's clock meets all alike; a row's speed-up is the
+median of its time over the dense step's median.
 
 - `inductor`: the dense model, `backend="inductor"`.
 - `density D`: `backend="ctrlprune"`, random masks of that density, no controller; at 1 every block is active.

@@ -1,0 +1,49 @@
+"""What a benchmark ran on and with, as its JSON keeps it."""
+
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+from ctrlcompile.kernels import build, isa
+
+
+def describe(device: torch.device) -> dict[str, object]:
+    """The machine, the versions and the command of this run; of a GPU its name, driver and Triton as well."""
+    found: dict[str, object] = {
+        "cpu": _cpu(), "cores": os.cpu_count(), "threads": torch.get_num_threads(), "torch": torch.__version__,
+        "python": platform.python_version(), "command": command(),
+    }  # fmt: skip
+    if device.type != "cuda":
+        return found | {"isa": isa.current().name, "compiler": _first_line(*build.compiler(), "--version")}
+    import triton
+
+    properties = torch.cuda.get_device_properties(device)
+    return found | {
+        "gpu": properties.name, "multiprocessors": properties.multi_processor_count,
+        "gpu_memory_bytes": properties.total_memory, "second_level_cache_bytes": properties.L2_cache_size,
+        "driver": _first_line("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
+        "cuda": torch.version.cuda, "triton": triton.__version__,
+    }  # fmt: skip
+
+
+def command() -> str:
+    """What was typed, whichever interpreter ran it."""
+    return " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]])
+
+
+def _cpu() -> str:
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
+
+
+def _first_line(*program: str) -> str:
+    """What a program says of itself; empty where it is not there."""
+    if shutil.which(program[0]) is None:
+        return ""
+    said = subprocess.run(program, capture_output=True, text=True, check=False).stdout
+    return next(iter(said.splitlines()), "")
