@@ -157,30 +157,30 @@ def _looked_at(target: Callable[[], Any], look: Callable[[nn.Module], Callable[.
 
 @main.group()
 def cache() -> None:
-    """Look at the compiled kernels on disk, or delete them."""
+    """Look at the kernels on disk and what was tuned for them, or delete them."""
 
 
 @cache.command("list")
 @as_json
 def list_(as_json: bool) -> None:
-    """List the compiled kernels: name, size, age."""
+    """List what is kept: name, size, age."""
     folder = build.cache_folder()
-    found = [(path, path.stat()) for path in diagnosis.libraries(folder)]
+    found = [(path, path.stat()) for path in diagnosis.cached(folder)]
     if as_json:
         kernels = [{"path": str(path), "bytes": stat.st_size, "modified": stat.st_mtime} for path, stat in found]
         click.echo(json.dumps({"folder": str(folder), "kernels": kernels}, indent=1))
         return
     for path, stat in found:
         click.echo(f"{path.name}  {stat.st_size / 1e3:.0f} kB  {(time.time() - stat.st_mtime) / 86400:.1f} days old")
-    click.echo(f"{len(found)} kernels, {sum(stat.st_size for _, stat in found) / 1e6:.1f} MB, in {folder}")
+    click.echo(f"{len(found)} files, {sum(stat.st_size for _, stat in found) / 1e6:.1f} MB, in {folder}")
 
 
 @cache.command()
 @as_json
 def clear(as_json: bool) -> None:
-    """Delete the compiled kernels; they are built again when needed."""
+    """Delete all of it; kernels are built, and tuned, again when needed."""
     folder = build.cache_folder()
-    removed = diagnosis.libraries(folder)
+    removed = diagnosis.cached(folder)
     try:
         for path in removed:
             path.unlink(missing_ok=True)
@@ -190,7 +190,7 @@ def clear(as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps({"folder": str(folder), "removed": [path.name for path in removed]}, indent=1))
     else:
-        click.echo(f"{len(removed)} kernels deleted from {folder}")
+        click.echo(f"{len(removed)} files deleted from {folder}")
 
 
 if __name__ == "__main__":

@@ -142,7 +142,15 @@ class Gate:
         self._version = self.weight._version
 
     def settle(self) -> None:
-        """Enforces the mask if anybody but the optimizer wrote to the weight (`load_state_dict`, say)."""
+        """Enforces the mask if anybody but the optimizer wrote to the weight (`load_state_dict`, say).
+
+        Raises ValueError when the weight has moved to another device since the gate was made.
+        """
+        if (here := self.signals.device) != (there := self.weight.device):
+            raise ValueError(
+                f"gate {self.name!r} was made while its weight was on {here}; now it is on {there}. Move the model "
+                "before its gates, its Controller or its first compiled call"
+            )
         if self._version != self.weight._version:
             self.enforce_()
 

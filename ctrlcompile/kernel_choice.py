@@ -1,7 +1,7 @@
 """Which kernel computes a gated linear: generated C++ on a CPU, generated Triton on a GPU, a dense product elsewhere.
 
-Where no kernel can run, the specification computes the same with dense products, after one warning that says why. On a
-GPU a gate that is denser than the measured crossover of its shape runs as the framework's own dense product.
+Where no kernel can run, dense products compute the same, after one warning that says why. On a GPU a gate that is
+denser than the measured crossover of its shape runs as the framework's own dense product, too.
 """
 
 import importlib
@@ -18,28 +18,32 @@ from ctrlcompile.kernels import cpu_linear, dense_linear, isa, reference
 from ctrlcompile.kernels.build import KernelBuildError
 from ctrlcompile.kernels.index_lists import BlockLists, build, mask_of
 
-Types = tuple[str, torch.dtype, torch.dtype, Block, str]  # device type, input, weight, block, activation
+Types = tuple[torch.device, torch.dtype, torch.dtype, Block, str]  # device, input, weight, block, activation
 
 
 def forward(
     x: Tensor, weight: Tensor, bias: Tensor | None, lists: BlockLists, block: Block, activation: str
 ) -> tuple[Tensor, Tensor]:
     """`reference.linear` by the fastest kernel that can run; x `[M, K]` with a unit stride along K."""
-    if (kernel := _kernel("forward", x, weight, lists, block, activation)) is not None:
-        try:
+    try:
+        if (kernel := _kernel("forward", x, weight, lists, block, activation)) is not None:
             return kernel.forward(x, weight, bias, lists, block, activation)
-        except KernelBuildError as error:
-            _give_up(_types(weight.device, x.dtype, weight.dtype, block, activation), error)
+    except KernelBuildError as error:
+        _give_up(_types(weight.device, x.dtype, weight.dtype, block, activation), error)
+    if weight.device.type == "cuda":
+        return dense_linear.forward(x, weight, bias, lists, block, activation)
     return reference.linear(x, weight, bias, mask_of(lists), block, activation)
 
 
 def dgrad(grad_z: Tensor, weight: Tensor, lists: BlockLists, block: Block) -> Tensor:
     """`reference.linear_dgrad` likewise; grad_z `[M, N]`."""
-    if (kernel := _kernel("dgrad", grad_z, weight, lists, block)) is not None:
-        try:
+    try:
+        if (kernel := _kernel("dgrad", grad_z, weight, lists, block)) is not None:
             return kernel.dgrad(grad_z, weight, lists, block)
-        except KernelBuildError as error:
-            _give_up(_types(weight.device, grad_z.dtype, weight.dtype, block), error)
+    except KernelBuildError as error:
+        _give_up(_types(weight.device, grad_z.dtype, weight.dtype, block), error)
+    if weight.device.type == "cuda":
+        return dense_linear.dgrad(grad_z, weight, lists, block)
     return reference.linear_dgrad(grad_z, weight, mask_of(lists), block)
 
 
@@ -47,11 +51,13 @@ def wgrad(
     grad_z: Tensor, x: Tensor, weight: Tensor, lists: BlockLists, probes: Tensor, block: Block
 ) -> tuple[Tensor, Tensor]:
     """`reference.linear_wgrad` likewise; grad_z `[M, N]`, x `[M, K]`."""
-    if (kernel := _kernel("wgrad", x, weight, lists, block)) is not None:
-        try:
+    try:
+        if (kernel := _kernel("wgrad", x, weight, lists, block)) is not None:
             return kernel.wgrad(grad_z, x, weight, lists, probes, block)
-        except KernelBuildError as error:
-            _give_up(_types(weight.device, x.dtype, weight.dtype, block), error)
+    except KernelBuildError as error:
+        _give_up(_types(weight.device, x.dtype, weight.dtype, block), error)
+    if weight.device.type == "cuda":
+        return dense_linear.wgrad(grad_z, x, weight, lists, probes, block)
     return reference.linear_wgrad(grad_z, x, weight, mask_of(lists), probes, block)
 
 
@@ -73,10 +79,10 @@ def why_no_kernel(
         return None
     if types in _broken and not strict:
         return _broken[types]
-    if (reason := _unsupported(device, types)) is not None:
+    if (reason := _unsupported(types)) is not None:
         return reason
     try:
-        _try(device, types)
+        _try(types)
     except KernelBuildError as error:
         if strict:
             raise
@@ -110,11 +116,11 @@ def _types(
 ) -> Types:
     # A float32 weight under a GPU's autocast is cast like its input before the operator sees it.
     weight_dtype = weight_dtype if device.type == "cpu" or weight_dtype != torch.float32 else x_dtype
-    return device.type, x_dtype, weight_dtype, block, activation
+    return device, x_dtype, weight_dtype, block, activation
 
 
-def _unsupported(device: torch.device, types: Types) -> str | None:
-    _, x_dtype, weight_dtype, block, _ = types
+def _unsupported(types: Types) -> str | None:
+    device, x_dtype, weight_dtype, block, _ = types
     if device.type == "cpu":
         return cpu_linear.supported(x_dtype, weight_dtype, block)
     if device.type == "cuda":
@@ -153,8 +159,8 @@ def _give_up(types: Types, error: KernelBuildError) -> str:
     return _broken[types]
 
 
-def _try(device: torch.device, types: Types) -> None:
-    _, x_dtype, weight_dtype, block, activation = types
+def _try(types: Types) -> None:
+    device, x_dtype, weight_dtype, block, activation = types
     kernel = cpu_linear if device.type == "cpu" else _triton()
     lists = build(torch.ones(1, 1, dtype=torch.bool, device=device))
     probes = torch.full((1,), -1, dtype=torch.int32, device=device)

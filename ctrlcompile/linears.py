@@ -82,6 +82,8 @@ def _why_dense(
         registry.refuse(parameter, "shared with another kind of layer, such as an embedding")
     if (refusal := registry.refusal(parameter)) is not None:
         return refusal
+    if parameter.dim() != 2:
+        return "its weight is no matrix"
     if (pattern := name_excluded(name, options.exclude)) is not None:
         return f"excluded by {pattern!r}"
     gate = registry.get(parameter)

@@ -1,9 +1,11 @@
 """The gated linear by the framework's dense products: for densities at which those are faster than any list.
 
-Same verbs as the kernels beside this. The weight's masked blocks are taken to be zero, which a gate keeps true, so only
-the weight gradient looks at the lists. Nothing waits for the device.
+Same verbs as the kernels beside this. Nothing waits for the device. Only the weight gradient looks at the lists: the
+weight's masked blocks are taken to be zero, which a gate keeps true. Where somebody wrote into them behind PyTorch's
+back (through `.data`), or an input is infinite, a masked block counts here as it does in any dense layer.
 """
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -39,4 +41,5 @@ def wgrad(
     weight's dtype, signals float32 `[2, R, C]` as `reference.linear_wgrad` has them, of the rounded gradient.
     """
     gradient = grad_z.t() @ x
-    return reference.gate_gradient(gradient, weight, index_lists.mask_of(lists), probes, block)
+    wide = gradient.to(torch.promote_types(gradient.dtype, torch.float32))  # sums of squares do not fit a half type
+    return reference.gate_gradient(wide, weight, index_lists.mask_of(lists), probes, block)

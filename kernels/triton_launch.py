@@ -5,6 +5,7 @@ Nothing here reads a list or waits for the device.
 
 import contextlib
 import functools
+from collections.abc import Iterator
 from types import ModuleType
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 
 from . import triton_build, triton_rows, triton_wgrad
+from .build import KernelBuildError
 from .index_lists import BlockLists
 from .triton_rows import Rows, RowsTile
 from .triton_wgrad import Wgrad, WgradTile
@@ -57,7 +59,7 @@ def run_rows(
         place["weight"] = _descriptor(weight, weight_box)
     programs = -(-outputs // kernel.outputs) * -(-rows // tile.rows)
     arguments = [place[name] for name in triton_rows.parameters(kernel, tile)]
-    with _on(x.device):
+    with _running(kernel, x.device):
         module.rows_product[(programs,)](*arguments, num_warps=tile.warps, num_stages=tile.stages)
 
 
@@ -86,7 +88,7 @@ def run_wgrad(
     block_rows, block_columns = lists.grid
     programs = probes.numel() + block_rows * -(-block_columns // tile.group)
     options = {"num_warps": tile.warps, "num_stages": tile.stages}
-    with _on(x.device):
+    with _running(kernel, x.device):
         given = [arguments[name] for name in triton_wgrad.parameters(tile)]
         module.weight_gradient[(programs, tile.splits)](*given, **options)
         if tile.splits > 1:
@@ -107,5 +109,18 @@ def _descriptor(matrix: Tensor, box: list[int]) -> Any:
     return TensorDescriptor(matrix, list(matrix.shape), list(matrix.stride()), box)
 
 
-def _on(device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+@contextlib.contextmanager
+def _running(kernel: Rows | Wgrad, device: torch.device) -> Iterator[None]:
+    """On the device; whatever keeps Triton from compiling or launching is a KernelBuildError."""
+    try:
+        with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+            yield
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        why = next(iter(str(error).strip().splitlines()), "")
+        raise KernelBuildError(
+            f"the Triton kernel {kernel.name} does not run",
+            f"{type(error).__name__}: {why}",
+            "Triton needs a C compiler and the GPU's driver; `ctrlcompile doctor` looks for both",
+        ) from error

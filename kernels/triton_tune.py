@@ -22,7 +22,7 @@ from typing import overload
 
 import torch
 
-from . import build, index_lists, triton_build, triton_device, triton_launch, triton_rows, triton_wgrad
+from . import build, dense_linear, index_lists, triton_build, triton_device, triton_launch, triton_rows, triton_wgrad
 from .build import KernelBuildError
 from .triton_rows import Rows, RowsTile
 from .triton_wgrad import Wgrad, WgradTile
@@ -159,7 +159,8 @@ def _choice(case: Case) -> Choice:
             choice = decide(candidates, _device_clock(case))
         except torch.OutOfMemoryError:
             log.warning("%s: too little memory to tune in; the best guess serves", case.name)
-            return Choice(candidates[0], 1.0)
+            _known[case] = Choice(candidates[0], 1.0)
+            return _known[case]
         _write(case, choice)
         log.info("%s: tile %s, dense above density %.2f", case.name, choice.tile.name, choice.crossover)
     _known[case] = choice
@@ -204,7 +205,7 @@ def _device_clock(case: Case) -> Clock:
 
         def dense() -> None:
             if isinstance(kernel, Wgrad):
-                torch.mm(y.t(), x)
+                dense_linear.wgrad(y, x, weight, lists, no_probes, block)
             else:
                 torch.mm(x, weight.t() if forward else weight, out=y)
 

@@ -152,8 +152,8 @@ def test_cache_lists_and_clears_kernels_and_touches_nothing_else(cache):
     assert all(Path(kernel["path"]).stat().st_size == kernel["bytes"] for kernel in read["kernels"])
     text = invoke("cache", "list").stdout
     assert "tiny_" in text
-    assert f"2 kernels, {sum(sizes.values()) / 1e6:.1f} MB, in {cache}" in text
-    assert "2 kernels deleted" in invoke("cache", "clear").stdout
+    assert f"2 files, {sum(sizes.values()) / 1e6:.1f} MB, in {cache}" in text
+    assert "2 files deleted" in invoke("cache", "clear").stdout
     assert sorted(cache.iterdir()) == sorted(foreign)
     assert json.loads(invoke("cache", "clear", "--json").stdout) == {"folder": str(cache), "removed": []}
 

@@ -34,7 +34,7 @@ def triton(monkeypatch, forgetful):
         crossover=lambda role, dtype, block, m, n, k, device: {"forward": 0.6, "dgrad": 0.9, "wgrad": 0.0}[role],
     )
     monkeypatch.setattr(kernel_choice, "_triton", lambda: module)
-    monkeypatch.setattr(kernel_choice, "_try", lambda device, types: None)
+    monkeypatch.setattr(kernel_choice, "_try", lambda types: None)
     return module
 
 
@@ -114,3 +114,27 @@ def test_a_kernel_that_fails_when_it_runs_is_replaced_by_the_specification_with_
     torch.testing.assert_close(grad_weight, reference.linear_wgrad(grad, x, weight, mask, probes, BLOCK)[0])
     reason = kernel_choice.why_no_kernel(x.device, x.dtype, weight.dtype, BLOCK)
     assert reason == "kernel not built: no tile runs: out of registers. Choose smaller blocks"
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_the_dense_products_signals_do_not_overflow_a_half_type(dtype):
+    mask, probes = torch.ones(2, 2, dtype=torch.bool), torch.tensor([-1], dtype=torch.int32)
+    grad, x, weight = torch.randn(2048, 32).to(dtype), torch.randn(2048, 64).to(dtype), torch.randn(32, 64).to(dtype)
+    _, signals = dense_linear.wgrad(grad, x, weight, index_lists.build(mask), probes, BLOCK)
+    _, exact = reference.linear_wgrad(grad.double(), x.double(), weight.double(), mask, probes, BLOCK)
+    assert exact[1].min() > torch.finfo(torch.float16).max
+    torch.testing.assert_close(signals[1], exact[1], rtol=0.02, atol=0)
+
+
+def test_on_a_gpu_a_kernel_that_cannot_be_tuned_is_replaced_by_the_dense_product(triton):
+    def fail(*_):
+        raise KernelBuildError("no tile runs", "out of registers", "Choose smaller blocks")
+
+    triton.crossover = fail
+    lists = cc.gates(nn.Linear(96, 64), BLOCK)["weight"].lists
+    with FakeTensorMode():
+        x, weight, grad = (torch.empty(shape, device=CUDA) for shape in ((8, 96), (64, 96), (8, 64)))
+        with pytest.warns(RuntimeWarning, match="densely: no tile runs"):
+            y, _ = kernel_choice.forward(x, weight, None, lists, BLOCK, "none")
+        grad_x = kernel_choice.dgrad(grad, weight, lists, BLOCK)
+    assert (y.shape, grad_x.shape) == (grad.shape, x.shape)

@@ -24,6 +24,7 @@ WARM_UP = (0.07, 0.10)  # share of the run: at least, at most
 RAMP = (0.15, 0.30)  # share of the run: settled, not settled
 WARM_UP_SPEND = 0.5  # of the allowed cost, at most
 FLOOR = 0.5  # the end level is at least this part of the average allowed
+LEAST_SPARED = 1.5  # times the lowest level that the gates can be at, which the end level is at least
 SETTLED = 0.5  # ends the warm-up
 STAIRS = 4  # decisions that the rest of the ramp is given at least
 OPEN_ENDED = 1000  # steps that the shares above refer to where the length of the run is not known
@@ -75,11 +76,13 @@ class Ramp:
         take = interval if n is None else max(1, min(interval, n // 2))
         length = total_steps or OPEN_ENDED
         if self.started < 0:
-            latest = min(WARM_UP[1], WARM_UP_SPEND * max(0.0, allowed - least)) * length
+            reserve = LEAST_SPARED * least
+            room = (allowed - reserve) / (1 - reserve)  # what a dense start may take of the run and leave the reserve
+            latest = max(0.0, min(WARM_UP[1], WARM_UP_SPEND * allowed, room)) * length
             earliest = min(max(WARM_UP[0] * length, first), latest)
             if allowed >= self.level or (step < latest and (step < earliest or settledness < SETTLED)):
                 return self.level, min(take, max(1, int(latest) - step)) if step < latest else take
-            self.started, self.floor = step, max(FLOOR * allowed, min(allowed, 1.25 * least))
+            self.started, self.floor = step, max(FLOOR * allowed, min(allowed, reserve))
         left = (1 - self.progress) * (RAMP[1] - (RAMP[1] - RAMP[0]) * settledness) * length
         if n is not None:
             left = min(left, n, 4 * n * (allowed - self.floor) / max(self.level - self.floor, 1e-9))

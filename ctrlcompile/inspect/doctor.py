@@ -161,11 +161,12 @@ def _cache() -> Check:
         folder = build.cache_folder()
     if caught:
         return Check("kernel cache", "broken", str(caught[0].message).split(". ")[0], "Set CTRLCOMPILE_CACHE_DIR")
-    found = libraries(folder)
+    found = cached(folder)
     size = sum(path.stat().st_size for path in found)
     return Check("kernel cache", "works", f"{folder}: {len(found)} kernels, {size / 1e6:.1f} MB")
 
 
-def libraries(folder: Path) -> list[Path]:
-    """The compiled kernels that lie in a cache folder; each may have its source beside it, ending in `.cpp`."""
-    return sorted(folder.glob(f"*_{'[0-9a-f]' * 16}.so"))
+def cached(folder: Path) -> list[Path]:
+    """What a cache folder keeps: C++ libraries (their source beside them, in `.cpp`), generated Triton files, and
+    the tiles that were tuned for them."""
+    return sorted(path for end in ("so", "py", "json") for path in folder.glob(f"*_{'[0-9a-f]' * 16}.{end}"))

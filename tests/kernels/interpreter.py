@@ -36,7 +36,10 @@ class Interpreter:
 
     def close(self) -> None:
         self._process.stdin.close()
-        self._process.wait(30)
+        try:
+            self._process.wait(30)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
 
     def _call(self, verb: str, arguments: tuple[Any, ...]) -> Any:
         pickle.dump((verb, arguments, self.tile), self._process.stdin)
