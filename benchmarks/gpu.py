@@ -40,7 +40,11 @@ SHOWN_LINES = 40  # of what a failed part wrote last
 
 @dataclass(frozen=True)
 class Session:
-    """What all parts share: `package` holds ctrlcompile as a wheel would, `deadline` is one of `time.monotonic`."""
+    """What all parts share: `package` is a scratch folder that holds ctrlcompile, laid out as a wheel has it.
+
+    Parts write there, and what came of them goes to `out`, so that no older result is taken for theirs. `deadline` is
+    one of `time.monotonic`.
+    """
 
     out: Path
     package: Path
@@ -92,8 +96,8 @@ def tests(session: Session) -> Part:
     options += ["-c", str(ROOT / "pyproject.toml"), str(ROOT / "tests")]
     if session.sanitize:
         # Without PyTorch's caching allocator, whose blocks hide what lies beyond a tensor, no graph can be captured.
-        launcher = ("env", "PYTORCH_NO_CUDA_MEMORY_CACHING=1", "compute-sanitizer", "--target-processes=all")
-        launcher += ("--error-exitcode=1",)
+        launcher = ("env", "PYTORCH_NO_CUDA_MEMORY_CACHING=1", "compute-sanitizer", "--target-processes")
+        launcher += ("all", "--error-exitcode", "1")
         options += ["-k", "not captured_graph"]
     elif importlib.util.find_spec("xdist") is not None:
         options += ["-n", "8"]  # most of the time is Triton's, compiling
@@ -131,15 +135,18 @@ def train(session: Session) -> Part:
 
 def steps(session: Session) -> Part:
     """Whole steps of a GPT of GPT-2's size."""
-    result = session.out / "gpu_steps.json"
-    sizes = {"steps": 15}
+    result = session.package / "steps.json"
+    sizes = {"steps": 15, "seconds": 80}
     if session.rehearse:
         sizes = {"layers": 1, "width": 128, "context": 16, "batch": 2, "steps": 2}
     given = [f"--{name}={size}" for name, size in sizes.items()]
 
     def summary() -> str:
-        rows = json.loads(result.read_text())["rows"]
-        return ", ".join(f"{row['name']} {row['median_s'] * 1e3:.1f} ms {row['speedup']:.2f}x" for row in rows)
+        found = json.loads(result.read_text())
+        write(session.out / "gpu_steps.json", found)
+        rows, left_out = found["rows"], [f"{name} left out" for name in found["left_out"]]
+        told = (f"{row['name']} {row['median_s'] * 1e3:.1f} ms {row['speedup']:.2f}x" for row in rows)
+        return ", ".join([*told, *left_out])
 
     options = ("--densities", "0.4", "1.0", "--no-controller", "--json", str(result))
     script = str(ROOT / "benchmarks" / "steps.py")
@@ -148,11 +155,12 @@ def steps(session: Session) -> Part:
 
 def kernels(session: Session) -> Part:
     """Every role against the dense product."""
-    result, limit = session.out / "gpu_kernels.json", session.left
+    result, limit = session.package / "kernels.json", session.left
     given = ("--sizes", "64", "128", "128", "--blocks", "16", "--rounds", "1") if session.rehearse else ()
 
     def summary() -> str:
         found = json.loads(result.read_text())
+        write(session.out / "gpu_kernels.json", found)
         show_kernels(found["rows"])
         return f"{len(found['rows'])} figures; {len(found['left_out'])} shapes and blocks left out"
 

@@ -168,7 +168,7 @@ def compare(
         seconds = {name: statistics.median(values) / len(sets) for name, values in times.items()}
         rates.append(Rates(peak.amount / min(times["peak"]), copy.amount / min(times["copy"])))
         best = min(seconds[way] for way in ways)
-        tuned = kernels.crossover(role, dtype, block, m, n, k, device) if kernels is triton_linear else None
+        tuned = kernels.crossover(role, dtype, block, m, n, k, sets[0].x.device) if kernels is triton_linear else None
         crossing, inputs = break_even({actual[density]: seconds[density] for density in DENSITIES}, best), sets[0]
         for density in DENSITIES:
             rows.append(

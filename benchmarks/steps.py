@@ -19,6 +19,7 @@ from __future__ import annotations
 import argparse
 import functools
 import json
+import math
 import statistics
 import sys
 import time
@@ -105,8 +106,10 @@ def main() -> None:
         entrants["controller"] = lambda: Contestant(shape, device, "ctrlprune", budget=0.4, steps=args.steps)
 
     contestants: dict[str, Contestant] = {}
-    console = Console(stderr=True)
+    console, started = Console(stderr=True), time.monotonic()
     for name, make in entrants.items():
+        if len(contestants) >= 2 and time.monotonic() - started > args.seconds:
+            break
         torch._dynamo.reset()
         contestants[name] = contestant = make()
         for _ in range(RAMP_STEPS if contestant.controller else 2):
@@ -121,9 +124,12 @@ def main() -> None:
 
     rows = [_row(name, contestant, contestants["inductor"]) for name, contestant in contestants.items()]
     _print(rows, args)
+    left_out = [name for name in entrants if name not in contestants]
+    if left_out:
+        print(f"left out after {args.seconds:g} seconds: {', '.join(left_out)}")
     if args.json:
         result = {"machine": describe(device), "sizes": {name: getattr(args, name) for name in SIZES["cpu"]}}
-        args.json.write_text(json.dumps(result | {"rows": rows}, indent=1) + "\n")
+        args.json.write_text(json.dumps(result | {"left_out": left_out, "rows": rows}, indent=1) + "\n")
 
 
 def _arguments() -> argparse.Namespace:
@@ -134,6 +140,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=9, help="timed steps of each contestant")
     parser.add_argument("--densities", type=float, nargs="*", default=[1.0, 0.4, 0.25])
     parser.add_argument("--no-controller", action="store_true")
+    parser.add_argument("--seconds", type=float, default=math.inf, help="compile no third contestant after so long")
     parser.add_argument("--json", type=Path, help="write the result here")
     args = parser.parse_args()
     if args.device == "cuda" and not torch.cuda.is_available():
