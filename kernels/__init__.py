@@ -8,6 +8,7 @@ cpp_wgrad     generates their C++: weight gradient
 cpp_vectors   what both begin with: vector types, bfloat16, activations
 isa           instruction sets, and how a kernel fills their registers
 build         compiles C++, and keeps the result on disk
+dense_linear  the same by the framework's dense products, for densities at which those are faster
 triton_linear forward, input gradient and weight gradient on an NVIDIA GPU
 triton_rows   generates their Triton: forward and input gradient
 triton_wgrad  generates their Triton: weight gradient (triton_wgrad_text: its pieces)

@@ -5,7 +5,9 @@ their ratios matter and their last digits do not.
 """
 
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol, TypeVar
 
 import torch
 
@@ -57,3 +59,22 @@ def of(device: torch.device) -> Device:
         base.half_flops * share,
         base.second_level * share,
     )
+
+
+class Tile(Protocol):
+    """A tile of any kernel family."""
+
+    @property
+    def descriptors(self) -> bool: ...
+
+
+AnyTile = TypeVar("AnyTile", bound=Tile)
+
+
+def shortlist(ranked: Sequence[AnyTile], descriptors: bool) -> list[AnyTile]:
+    """The best six of `ranked`, best first; where tensor descriptors can be used, three with them and three without."""
+    pointers = [tile for tile in ranked if not tile.descriptors]
+    if not descriptors or len(pointers) == len(ranked):
+        return pointers[:6]
+    best = [tile for tile in ranked if tile.descriptors][:3] + pointers[:3]
+    return sorted(best, key=ranked.index)

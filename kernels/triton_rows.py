@@ -20,7 +20,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from .triton_device import Device
+from .triton_device import Device, shortlist
 
 DTYPES = {torch.float16: "float16", torch.bfloat16: "bfloat16", torch.float32: "float32"}
 _SIZES = [(16, 4), (32, 4), (64, 4), (128, 4), (128, 8), (256, 4), (256, 8)]  # rows of x, warps
@@ -92,11 +92,7 @@ def candidates(
     """
     fitting = [tile for tile in _tiles(kernel, device) if fits(kernel, tile, device)]
     fitting.sort(key=lambda tile: _seconds(kernel, tile, m, outputs, inputs, device))
-    pointers = [tile for tile in fitting if not tile.descriptors]
-    if not descriptors or not any(tile.descriptors for tile in fitting):
-        return pointers[:6]
-    best = [tile for tile in fitting if tile.descriptors][:3] + pointers[:3]
-    return sorted(best, key=fitting.index)
+    return shortlist(fitting, descriptors)
 
 
 def fits(kernel: Rows, tile: RowsTile, device: Device) -> bool:

@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from .triton_device import Device
+from .triton_device import Device, shortlist
 from .triton_rows import DTYPES
 from .triton_wgrad_text import (
     ADD_SIGNALS,
@@ -95,11 +95,7 @@ def candidates(
     """
     fitting = [tile for tile in _tiles(kernel, m, inputs, device) if fits(kernel, tile, device)]
     fitting.sort(key=lambda tile: _seconds(kernel, tile, m, outputs, inputs, device))
-    pointers = [tile for tile in fitting if not tile.descriptors]
-    if not descriptors or not any(tile.descriptors for tile in fitting):
-        return pointers[:6]
-    best = [tile for tile in fitting if tile.descriptors][:3] + pointers[:3]
-    return sorted(best, key=fitting.index)
+    return shortlist(fitting, descriptors)
 
 
 def fits(kernel: Wgrad, tile: WgradTile, device: Device) -> bool:

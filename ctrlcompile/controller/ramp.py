@@ -11,7 +11,7 @@ is
 since the cubic's mean lies a quarter of the way from d to ℓ. Whatever was over- or underspent is thereby spread over
 all steps left, and the run lands.
 
-The warm-up is worth up to half of what the run may use. |Σ w·g| is small where weights are still near their random
+The warm-up is worth up to a third of what the run may use, half as much as is then left. |Σ w·g| is small where weights are still near their random
 start, whatever they will be worth: a ranking made before the learning rate is up switches off what learns late. In a
 GPT these are the queries and keys; with all of them gone, neither has a gradient to come back by.
 """
@@ -22,7 +22,7 @@ from dataclasses import dataclass
 
 WARM_UP = (0.07, 0.10)  # share of the run: at least, at most
 RAMP = (0.15, 0.30)  # share of the run: settled, not settled
-WARM_UP_SPEND = 0.5  # of the allowed cost, at most
+WARM_UP_SPEND = 0.5  # of what is then left of the allowed cost, at most
 FLOOR = 0.5  # the end level is at least this part of the average allowed
 LEAST_SPARED = 1.5  # times the lowest level that the gates can be at, which the end level is at least
 SETTLED = 0.5  # ends the warm-up

@@ -51,8 +51,8 @@ class Row:
     kernel_sources: dict[str, Path] = field(default_factory=dict)
 
 
-@dataclass(frozen=True)
-class Explanation:
+@dataclass(frozen=True, repr=False)
+class Explanation(tables.Shown):
     """What `explain` found. `str()` is a table.
 
     Attributes:
@@ -80,14 +80,6 @@ class Explanation:
 
     def __iter__(self) -> Iterator[Row]:
         return iter(self.rows)
-
-    def __str__(self) -> str:
-        return tables.text(self._table())
-
-    __repr__ = __str__
-
-    def _repr_html_(self) -> str:
-        return tables.html(self._table())
 
     def to_json(self) -> str:
         """The rows and the step's FLOPs as JSON."""

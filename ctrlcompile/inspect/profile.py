@@ -89,8 +89,8 @@ class Machine:
     copy_bytes: float
 
 
-@dataclass(frozen=True)
-class Profile:
+@dataclass(frozen=True, repr=False)
+class Profile(tables.Shown):
     """What `profile` measured. `str()` is a table; times are medians of `rounds` alternating rounds."""
 
     rows: tuple[Row, ...]
@@ -100,14 +100,6 @@ class Profile:
 
     def __iter__(self) -> Iterator[Row]:
         return iter(self.rows)
-
-    def __str__(self) -> str:
-        return tables.text(self._table())
-
-    __repr__ = __str__
-
-    def _repr_html_(self) -> str:
-        return tables.html(self._table())
 
     def to_json(self) -> str:
         """Everything measured, as JSON."""

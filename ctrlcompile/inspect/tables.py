@@ -1,11 +1,27 @@
 """Tables as people see them: text for a terminal, HTML for a notebook."""
 
 import io
+from abc import ABC, abstractmethod
 
 from rich.console import Console
 from rich.table import Table
 
 WIDTH = 132  # characters
+
+
+class Shown(ABC):
+    """What prints itself as a table, in a terminal and in a notebook."""
+
+    @abstractmethod
+    def _table(self) -> Table: ...
+
+    def __str__(self) -> str:
+        return text(self._table())
+
+    __repr__ = __str__
+
+    def _repr_html_(self) -> str:
+        return html(self._table())
 
 
 def text(table: Table) -> str:

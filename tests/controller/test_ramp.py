@@ -69,3 +69,9 @@ def test_an_open_ended_run_goes_down_to_the_rate_and_stays():
         path += [share] * take
     assert path[0] == 1
     assert path[500:] == [0.35] * len(path[500:])
+
+
+@pytest.mark.parametrize(("average", "least"), [(0.15, 50), (0.3, 70)])
+def test_a_small_budget_too_starts_dense_until_the_learning_rate_is_up(average, least):
+    # What learns late, queries and keys for one, is ranked too low before: see the first paragraphs of `ramp`.
+    assert follow(1000, average, settled=lambda step: 1.0).count(1.0) >= least
