@@ -11,9 +11,10 @@ is
 since the cubic's mean lies a quarter of the way from d to ℓ. Whatever was over- or underspent is thereby spread over
 all steps left, and the run lands.
 
-The warm-up is worth up to a third of what the run may use, half as much as is then left. |Σ w·g| is small where weights are still near their random
-start, whatever they will be worth: a ranking made before the learning rate is up switches off what learns late. In a
-GPT these are the queries and keys; with all of them gone, neither has a gradient to come back by.
+The warm-up is worth up to a third of what the run may use, half as much as is then left. |Σ w·g| is small where weights
+are still near their random start, whatever they will be worth: a ranking made before the learning rate is up switches
+off what learns late. In a GPT these are the queries and keys; with all of them gone, neither has a gradient to come
+back by.
 """
 
 from __future__ import annotations
