@@ -20,34 +20,37 @@ python examples/train_gpt.py --compare          # also trains it dense, and a na
 from __future__ import annotations
 
 import argparse
-import gc
-import json
 import math
-import platform
 import random
-import statistics
 import sysconfig
-import time
-from bisect import bisect_left
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field, replace
-from itertools import accumulate
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from rich.box import SIMPLE_HEAD
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
+from comparison import (
+    RUNS,
+    Run,
+    Wording,
+    add_options,
+    check_options,
+    compiled,
+    counted_flops,
+    narrowest,
+    report,
+    start_over,
+)
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.optim.lr_scheduler import LambdaLR
-from torch.utils.flop_counter import FlopCounterMode
 
-import ctrlcompile as cc
-
-RUNS = ("ctrlprune", "dense", "narrow")
+WORDING = Wording(
+    script="train_gpt",
+    size="width",
+    validation="val. loss",
+    caption="validation loss in nats per character",
+    title="loss in nats per character: lines for training, smoothed; dots for validation",
+    dots=True,
+)
 
 
 @dataclass(frozen=True)
@@ -59,6 +62,9 @@ class Shape:
     heads: int
     context: int
     symbols: int
+
+    def __str__(self) -> str:
+        return str(self.width)
 
 
 class Block(nn.Module):
@@ -157,7 +163,7 @@ def validation_loss(model: GPT, data: Data, device: str) -> tuple[float, float]:
 
 def training_flops(shape: Shape, batch: int) -> int:
     """Matrix FLOPs of one dense training step, attention counted in full, as FlopCounterMode counts them."""
-    with torch.device("meta"), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+    with counted_flops() as counter:
         tokens = torch.zeros(batch, shape.context, dtype=torch.long)
         GPT(shape)(tokens, tokens).backward()
     return counter.get_total_flops()
@@ -165,142 +171,32 @@ def training_flops(shape: Shape, batch: int) -> int:
 
 def narrower(shape: Shape, share: float) -> Shape:
     """The narrowest GPT of the same depth and heads that uses at least `share` of the training FLOPs."""
-    wanted, step = share * training_flops(shape, 1), math.lcm(8, shape.heads)
-    candidates = [replace(shape, width=width) for width in range(step, shape.width, step)] + [shape]
-    return candidates[bisect_left(candidates, wanted, key=lambda candidate: training_flops(candidate, 1))]
-
-
-@dataclass
-class Run:
-    """One training run; the lists hold a number for each optimizer step."""
-
-    name: str
-    shape: Shape
-    loss: list[float] = field(default_factory=list)
-    seconds: list[float] = field(default_factory=list)
-    flops: list[float] = field(default_factory=list)
-    density: list[float] = field(default_factory=list)
-    price: list[float] = field(default_factory=list)
-    reactivations: list[int] = field(default_factory=list)
-    validation: float = math.nan
-    validation_error: float = math.nan
-
-    @property
-    def compile_seconds(self) -> float:
-        """The graph compiles inside the first step: what that took beyond the median of the steps after it."""
-        return max(0.0, self.seconds[0] - statistics.median(self.seconds[1:20] or self.seconds))
-
-    @property
-    def train_seconds(self) -> float:
-        """All steps, less `compile_seconds`; validation is not in it."""
-        return sum(self.seconds) - self.compile_seconds
+    step = math.lcm(8, shape.heads)
+    shapes = [replace(shape, width=width) for width in range(step, shape.width, step)] + [shape]
+    return narrowest(shapes, share, lambda candidate: training_flops(candidate, 1))
 
 
 def train(name: str, shape: Shape, data: Data, args: argparse.Namespace) -> Run:
     """Trains a GPT from `args.seed`, which fixes the initial weights and the order of the data."""
-    gc.collect()
-    torch._dynamo.reset()
-    torch.manual_seed(args.seed)
+    start_over(args.seed)
     order = torch.Generator().manual_seed(args.seed)
+    batches = (data.batch(args.batch, order) for _ in range(args.steps))
     model = GPT(shape).to(args.device)
     optimizer, schedule = adamw(model, args.lr, args.steps)
-    if name == "ctrlprune":
-        options = {"budget": args.budget, "total_steps": args.steps}
-        compiled = torch.compile(model, backend="ctrlprune", options=options)
-    else:
-        compiled = torch.compile(model, backend="inductor")
+    training = compiled(model, name, args.budget, args.steps)
 
     run, dense_flops = Run(name, shape), training_flops(shape, args.batch)
-    with progress_bar() as bar:
-        task = bar.add_task(name, total=args.steps, state="compiling")
-        for step in range(args.steps):
-            tokens, targets = (t.to(args.device) for t in data.batch(args.batch, order))
-            start = time.perf_counter()
-            with torch.autocast(args.device, torch.bfloat16, enabled=args.device == "cuda"):
-                loss = compiled(tokens, targets)
-            loss.backward()
-            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            optimizer.zero_grad()
-            schedule.step()
-            run.loss.append(loss.item())
-            run.seconds.append(time.perf_counter() - start)
-
-            controller = cc.controller_of(optimizer)
-            state = f"loss {run.loss[-1]:.3f}"
-            if controller is not None:
-                state += f" density {controller.density:.2f} price {controller.price:.2g}"
-                state += f" budget {controller.budget_used:.0%}"
-            run.flops.append(controller.flops_used if controller else dense_flops * (step + 1.0))
-            run.density.append(controller.density if controller else 1.0)
-            run.price.append(controller.price if controller else 0.0)
-            run.reactivations.append(controller.reactivations if controller else 0)
-            bar.update(task, advance=1, state=state)
+    for tokens, targets in run.steps(batches, args.steps, optimizer, dense_flops, args.device):
+        with torch.autocast(args.device, torch.bfloat16, enabled=args.device == "cuda"):
+            loss = training(tokens, targets)
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
+        run.loss.append(loss.item())
     run.validation, run.validation_error = validation_loss(model, data, args.device)
     return run
-
-
-def progress_bar() -> Progress:
-    parts = (
-        TextColumn("{task.description}"),
-        BarColumn(None),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[state]}"),
-    )
-    return Progress(*parts, TimeRemainingColumn(compact=True), TextColumn("left"), expand=True, refresh_per_second=2)
-
-
-def table(runs: list[Run], dense_flops: float) -> Table:
-    """A row per run: what it reached and what it used."""
-    error = max(run.validation_error for run in runs)
-    caption = f"validation loss in nats per character, standard error {error:.3f}; seconds of training, compiling apart"
-    result = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), caption=caption)
-    for heading in ("run", "width", "val. loss", "FLOPs", "of dense", "seconds", "compile", "density"):
-        result.add_column(heading, justify="left" if heading == "run" else "right")
-    for run in runs:
-        used = f"{run.flops[-1]:.3g}", f"{run.flops[-1] / dense_flops:.3f}"
-        clock = f"{run.train_seconds:.1f}", f"{run.compile_seconds:.1f}"
-        result.add_row(run.name, str(run.shape.width), f"{run.validation:.4f}", *used, *clock, f"{run.density[-1]:.2f}")
-    return result
-
-
-def write_log(path: Path, runs: list[Run], args: argparse.Namespace) -> None:
-    machine = {"python": platform.python_version(), "torch": torch.__version__, "threads": torch.get_num_threads()}
-    rows = [asdict(r) | {"train_seconds": r.train_seconds, "compile_seconds": r.compile_seconds} for r in runs]
-    path.write_text(json.dumps({"settings": vars(args), "machine": machine, "runs": rows}, default=str))
-
-
-def draw(path: Path, runs: list[Run]) -> None:
-    """Loss against FLOPs and against seconds, then what the controller did. Raises ImportError without matplotlib."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(15, 8), layout="constrained")
-    figure.suptitle("loss in nats per character: lines for training, smoothed; dots for validation")
-    by_flops, by_seconds, by_step, density, price, reactivations = figure.subplots(2, 3).flat
-    for run in runs:
-        losses, clock = smooth(run.loss), list(accumulate(run.seconds))
-        compiled = [seconds - run.compile_seconds for seconds in clock]
-        for axes, x in ((by_flops, run.flops), (by_seconds, compiled), (by_step, range(1, len(losses) + 1))):
-            (line,) = axes.plot(x, losses, label=f"{run.name}, {run.shape.width} wide")
-            axes.plot(x[-1], run.validation, "o", color=line.get_color())
-        for axes, y in ((density, run.density), (price, run.price), (reactivations, run.reactivations)):
-            axes.plot(y)
-    settled = max(smooth(run.loss)[len(run.loss) // 10] for run in runs)
-    for axes, label in ((by_flops, "training FLOPs"), (by_seconds, "seconds, compiling apart"), (by_step, "step")):
-        axes.set(xlabel=label, ylabel="loss", ylim=(None, settled))
-    for axes, label in ((density, "density"), (price, "price"), (reactivations, "blocks reactivated")):
-        axes.set(xlabel="step", ylabel=label)
-    by_flops.legend()
-    figure.savefig(path, dpi=110)
-
-
-def smooth(values: list[float], memory: float = 0.9) -> list[float]:
-    """Exponential moving average, without bias toward the first value."""
-
-    def decayed(series: list[float]) -> Iterable[float]:
-        return accumulate(series, lambda total, value: memory * total + value)
-
-    return [total / weight for total, weight in zip(decayed(values), decayed([1.0] * len(values)), strict=True)]
 
 
 def default_text() -> str:
@@ -321,25 +217,13 @@ def arguments() -> tuple[argparse.Namespace, str]:
     for name, default in sizes.items():
         parser.add_argument(f"--{name}", type=int, default=default, help="default %(default)s")
     parser.add_argument("--lr", type=float, default=1e-3, help="peak learning rate of AdamW, default %(default)s")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--budget", type=float, default=0.4, help="share of the dense FLOPs, default %(default)s")
-    parser.add_argument("--run", choices=RUNS, default="ctrlprune", help="what to train, default %(default)s")
-    parser.add_argument("--compare", action="store_true", help="train all of them, and end in a table")
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="cuda trains under bf16 autocast")
-    parser.add_argument("--out", type=Path, default=Path("out"), help="folder of the log and the picture")
+    add_options(parser)
     args = parser.parse_args()
-    for name in sizes:
-        if getattr(args, name) < 1:
-            parser.error(f"--{name} is {getattr(args, name)}; it has to be at least 1")
+    check_options(parser, args, sizes)
     if args.width % args.heads:
         parser.error(f"--width {args.width} does not divide into --heads {args.heads}")
-    if not 0 < args.budget <= 1:
-        parser.error(f"--budget is {args.budget}; it is a share of the dense FLOPs, above 0 and at most 1")
-    if args.device == "cuda" and not torch.cuda.is_available():
-        parser.error("--device cuda: this PyTorch sees no GPU")
     try:
         text = args.data.read_text(encoding="utf-8") if args.data else default_text()
-        args.out.mkdir(parents=True, exist_ok=True)
     except (OSError, UnicodeDecodeError) as problem:
         parser.error(str(problem))
     if len(text) < 20 * args.context:
@@ -353,16 +237,7 @@ def main() -> None:
     wide = Shape(args.layers, args.width, args.heads, args.context, len(data.alphabet))
     shapes = {"ctrlprune": wide, "dense": wide, "narrow": narrower(wide, args.budget)}
     runs = [train(name, shapes[name], data, args) for name in (RUNS if args.compare else [args.run])]
-    Console().print(table(runs, training_flops(wide, args.batch) * args.steps))
-
-    log, picture = args.out / "train_gpt.json", args.out / "train_gpt.png"
-    write_log(log, runs, args)
-    try:
-        draw(picture, runs)
-    except ImportError:
-        print(f"log: {log}; no picture, which needs matplotlib: pip install 'ctrlcompile[examples]'")
-    else:
-        print(f"log: {log}; picture: {picture}")
+    report(runs, training_flops(wide, args.batch) * args.steps, args, WORDING)
 
 
 if __name__ == "__main__":

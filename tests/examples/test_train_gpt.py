@@ -1,32 +1,20 @@
 """The main example: its accounting, its data, its errors, and one comparison from end to end."""
 
-import importlib.util
 import json
 import os
 import random
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 import torch
+import train_gpt
 
 SCRIPT = Path(__file__).parents[2] / "examples" / "train_gpt.py"
 
 
-@pytest.fixture(scope="module")
-def train_gpt() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("train_gpt", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["train_gpt"] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
-
-
-def test_training_flops_are_six_per_weight_and_character_and_twelve_per_attended_pair(train_gpt: ModuleType) -> None:
+def test_training_flops_are_six_per_weight_and_character_and_twelve_per_attended_pair() -> None:
     heads, context, batch, layers = (random.randint(1, 9) for _ in range(4))
     width, symbols = heads * random.randint(2, 20), random.randint(20, 90)
     products = 6 * batch * context * (layers * 12 * width**2 + width * symbols)
@@ -36,7 +24,7 @@ def test_training_flops_are_six_per_weight_and_character_and_twelve_per_attended
 
 
 @pytest.mark.parametrize("share", [0.1, 0.25, 0.4, 0.9])
-def test_narrow_model_is_the_narrowest_that_uses_its_share(train_gpt: ModuleType, share: float) -> None:
+def test_narrow_model_is_the_narrowest_that_uses_its_share(share: float) -> None:
     shape = train_gpt.Shape(layers=2, width=384, heads=6, context=64, symbols=65)
     narrow = train_gpt.narrower(shape, share)
     flops = [
@@ -46,7 +34,7 @@ def test_narrow_model_is_the_narrowest_that_uses_its_share(train_gpt: ModuleType
     assert narrow.width % shape.heads == 0
 
 
-def test_targets_are_the_next_characters_and_held_out_text_is_the_last_tenth(train_gpt: ModuleType) -> None:
+def test_targets_are_the_next_characters_and_held_out_text_is_the_last_tenth() -> None:
     text = "".join(random.choices("abcdefghij", k=5000))
     data = train_gpt.Data(text, context=16)
     tokens, targets = data.batch(8, torch.Generator().manual_seed(0))
@@ -58,9 +46,7 @@ def test_targets_are_the_next_characters_and_held_out_text_is_the_last_tenth(tra
     assert torch.equal(data.validation.flatten()[1:], data.validation_targets.flatten()[:-1])
 
 
-def test_text_is_there_where_python_comes_without_its_documentation(
-    train_gpt: ModuleType, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_text_is_there_where_python_comes_without_its_documentation(monkeypatch: pytest.MonkeyPatch) -> None:
     documentation = train_gpt.default_text()
     monkeypatch.setitem(sys.modules, "pydoc_data.topics", None)
     sources = train_gpt.default_text()
@@ -82,7 +68,6 @@ def test_text_is_there_where_python_comes_without_its_documentation(
     ],
 )
 def test_bad_input_is_refused_in_the_words_of_who_gave_it(
-    train_gpt: ModuleType,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
     tmp_path: Path,
@@ -97,7 +82,7 @@ def test_bad_input_is_refused_in_the_words_of_who_gave_it(
 
 
 def test_a_gpu_that_is_not_there_is_refused(
-    train_gpt: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(sys, "argv", ["train_gpt.py", "--out", str(tmp_path), "--device", "cuda"])
@@ -106,7 +91,7 @@ def test_a_gpu_that_is_not_there_is_refused(
     assert "sees no GPU" in capsys.readouterr().err
 
 
-def test_compare_trains_all_three_from_one_seed_and_lands_on_the_budget(train_gpt: ModuleType, tmp_path: Path) -> None:
+def test_compare_trains_all_three_from_one_seed_and_lands_on_the_budget(tmp_path: Path) -> None:
     sizes = {"layers": 1, "width": 128, "heads": 2, "context": 32, "batch": 4, "steps": 120, "seed": 3, "budget": 0.5}
     given = [f"--{name}={value}" for name, value in sizes.items()]
     command = [sys.executable, str(SCRIPT), "--compare", "--out", str(tmp_path), *given]
@@ -129,7 +114,7 @@ def test_compare_trains_all_three_from_one_seed_and_lands_on_the_budget(train_gp
 
 
 def test_without_matplotlib_the_log_is_written_and_the_way_to_a_picture_is_said(
-    train_gpt: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     def trained(name: str, shape: object, *_: object) -> object:
         one = [1.0]
