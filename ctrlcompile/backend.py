@@ -23,7 +23,7 @@ def ctrlprune(
     options: Mapping[str, Any] | None = None,
     mode: str | None = None,
 ) -> Callable[..., Any]:
-    """Compiles one graph of Dynamo's with its linears gated; the rest goes to Inductor.
+    """Compiles one graph of Dynamo's with its layers gated; the rest goes to Inductor.
 
     Called by `torch.compile`. `options` are those of `ctrlcompile.options.Options`; `mode` is passed on to Inductor.
 

@@ -5,18 +5,22 @@ While nobody looks, a call pays for two comparisons.
 
 import contextlib
 import functools
+import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
 
 from ctrlcompile.gate import Gate, registry
+from ctrlcompile.kernels.index_lists import matrix_shape
+from ctrlcompile.kernels.window import Window
 
 Observer = Callable[[str, tuple[Any, ...]], None]
 Result = TypeVar("Result")
 
-ROLES = {"linear": "forward", "linear_dgrad": "dgrad", "linear_wgrad": "wgrad"}  # operator -> what users call it
+_ROLES = {"": "forward", "_dgrad": "dgrad", "_wgrad": "wgrad"}
+ROLES = {f"{layer}{end}": role for layer in ("linear", "conv") for end, role in _ROLES.items()}  # operator -> its role
+WINDOW = ("stride", "padding", "dilation", "groups")
 
 
 class _Observed:
@@ -62,11 +66,24 @@ def gate_of(arguments: Mapping[str, Any]) -> Gate | None:
     return registry.with_lists(arguments["lists"][0])
 
 
+def window_of(arguments: Mapping[str, Any]) -> Window | None:
+    """How the window of a call moves; None for a linear's."""
+    return Window.of(*(arguments[name] for name in WINDOW)) if "groups" in arguments else None
+
+
 def sizes(arguments: Mapping[str, Any]) -> tuple[int, int, int]:
-    """M, K, N of a call: rows of the input, its features, features of the output."""
-    rows: Tensor = arguments["grad"] if "grad" in arguments else arguments["x"]
-    n, k = arguments["weight"].shape
-    return rows.numel() // rows.shape[-1], k, n
+    """M, K, N of a call: rows of the product, its inputs and its outputs.
+
+    A convolution has a row for each position of its output, and an input for each tap of an input channel.
+    """
+    weight, window = arguments["weight"], window_of(arguments)
+    n, k = matrix_shape(weight.shape)
+    if "grad" in arguments:
+        return math.prod(arguments["grad"].shape) // n, k, n
+    shape = arguments["x"].shape
+    if window is None:
+        return math.prod(shape) // k, k, n
+    return shape[0] * math.prod(window.output_size(shape[2:], weight.shape[2:])), k, n
 
 
 def label(op: str, arguments: tuple[Any, ...]) -> str:

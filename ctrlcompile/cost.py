@@ -8,6 +8,7 @@ symbols of dynamic shapes stay symbols (sympy) and are bound at each call.
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from math import prod
 from typing import Any, TypeAlias
 
 import sympy
@@ -30,17 +31,26 @@ def _attention_backward(grad: Any, q: Any, k: Any, v: Any, *_: Any, **__: Any) -
     return 2 * sdpa_flop_count(q, k, v)
 
 
+def _conv_backward(
+    grad: Any, x: Any, weight: Any, _bias: Any, _stride: Any, _padding: Any, _dilation: Any, transposed: bool,
+    _output_padding: Any, _groups: Any, wanted: Sequence[bool], **_: Any,
+) -> int:  # fmt: skip
+    positions = x if transposed else grad
+    return sum(wanted[:2]) * 2 * positions[0] * prod(positions[2:]) * prod(weight)
+
+
 # PyTorch's counter knows the attention operators of GPUs; these are the CPU's. What the backward computes a second
-# time is left out, as everywhere here.
-ATTENTION = {
+# time is left out, as everywhere here. Of a convolution in groups it counts the weight gradient as many times.
+CORRECTED = {
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
+    torch.ops.aten.convolution_backward: _conv_backward,
 }
 
 
 @dataclass(frozen=True)
 class ProductCost:
-    """FLOPs of one linear node at density 1; 2 per multiply-add."""
+    """FLOPs of one linear or convolution node at density 1; 2 per multiply-add."""
 
     forward: Expression
     dgrad: Expression
@@ -80,7 +90,7 @@ class RegionCost:
 
 @dataclass(frozen=True)
 class BoundCost:
-    """FLOPs of a region at given sizes: `products` holds (forward + dgrad + wgrad, wgrad) of each linear."""
+    """FLOPs of a region at given sizes: `products` holds (forward + dgrad + wgrad, wgrad) of each layer."""
 
     dense: float
     products: tuple[tuple[float, float], ...]
@@ -95,7 +105,7 @@ def region_flops(gm: fx.GraphModule) -> Expression:
     mode = next((e.fake_mode for e in examples if isinstance(e, FakeTensor)), None)
     if mode is None:
         return 0
-    with _scratch(mode), FlopCounterMode(display=False, custom_mapping=ATTENTION) as counter:
+    with _scratch(mode), FlopCounterMode(display=False, custom_mapping=CORRECTED) as counter:
         inputs = [_fresh(example) for example in examples]
         outputs = [
             o
@@ -170,7 +180,7 @@ class Meter:
         self._accounts: dict[tuple[int, ...], _Account] = {}
 
     def record(self, cost: BoundCost, gates: Sequence[Gate | None]) -> None:
-        """Notes one training call of a region; `gates` are those of its linears, in order."""
+        """Notes one training call of a region; `gates` are those of its layers, in order."""
         account = self._accounts.setdefault(tuple(map(id, gates)), _Account())
         account.dense += cost.dense
         account.used += used_flops(cost, gates)

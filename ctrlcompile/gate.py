@@ -15,13 +15,20 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from ctrlcompile.blocks import (
+    Block,
+    BlockChoice,
+    block_sides,
+    check_block,
+    no_room,
+    parse_block,
+    resolve_block,
+    too_small,
+    zero_blocks_,
+)
 from ctrlcompile.kernels import index_lists
 
-Block = tuple[int, int]
-BlockChoice = Block | int | Literal["auto"]
-
-SMALLEST_SIDE, LARGEST_SIDE, SIDE_STEP = 8, 128, 8
-FEWEST_BLOCKS = 4  # block rows and block columns that a weight needs before gating it can gain anything
+GATEABLE = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 PROBED_SHARE = 64  # one block in so many can be probed in a step
 
 
@@ -33,8 +40,8 @@ class Gate:
 
     Attributes:
         name: the Parameter's name, as in `named_parameters()`.
-        shape: of the weight, `(out, in)`, in entries.
-        block: `(block_out, block_in)`, in entries.
+        shape: of the weight, `(out, in)`; of a convolution's in channels, `(out, in / groups)`.
+        block: `(block_out, block_in)`, likewise; a block of a convolution's weight spans the whole window.
         grid: `(R, C)`, number of block rows and block columns; the last ones may be partial.
         lists: index lists of the active blocks, int32, rewritten in place by `update_`.
         probes: int32 `[P]`, flat ids `r * C + c` of the inactive blocks whose gradient is measured, padded with -1.
@@ -44,7 +51,7 @@ class Gate:
     """
 
     def __init__(self, weight: Tensor, block: Block, name: str) -> None:
-        check_block(block, tuple(weight.shape), name)
+        check_block(block, weight.shape, name)
         self.name = name
         self.shape: tuple[int, int] = (weight.shape[0], weight.shape[1])
         self.block = block
@@ -54,10 +61,11 @@ class Gate:
         self.lists = index_lists.build(self._mask.to(device))
         self.probes = torch.full((max(1, rows * columns // PROBED_SHARE),), -1, dtype=torch.int32, device=device)
         self.signals = torch.zeros(2, rows, columns, device=device)
-        heights, widths = _sides(self.shape[0], block[0], rows), _sides(self.shape[1], block[1], columns)
-        self.block_area = heights[:, None] * widths[None, :]
+        heights, widths = block_sides(self.shape[0], block[0], rows), block_sides(self.shape[1], block[1], columns)
+        self.block_area = heights[:, None] * widths[None, :] * math.prod(weight.shape[2:])
         self.active = rows * columns
-        self.active_area, self.probed_area = float(math.prod(self.shape)), 0.0
+        self.active_area, self.probed_area = float(weight.numel()), 0.0
+        self._entries = weight.numel()
         self._weight = weakref.ref(weight)
         self._optimizer: weakref.ref[torch.optim.Optimizer] | None = None
         self._version = weight._version  # of the weight's values, when masked blocks were last known to be zero
@@ -173,12 +181,12 @@ class Gate:
     @property
     def active_share(self) -> float:
         """Active entries / all entries: the density by area, which is what the FLOPs follow."""
-        return self.active_area / math.prod(self.shape)
+        return self.active_area / self._entries
 
     @property
     def probed_share(self) -> float:
         """Probed entries / all entries."""
-        return self.probed_area / math.prod(self.shape)
+        return self.probed_area / self._entries
 
     def check_is_in(self, block: Block | Literal["auto"]) -> None:
         """Raises ValueError when other blocks are asked for than the gate was made with."""
@@ -233,7 +241,7 @@ class Gate:
             return
         for key, value in optimizer.state.get(self.weight, {}).items():
             # Rprop's step sizes are no moments: at zero they would never grow again.
-            if isinstance(value, Tensor) and tuple(value.shape) == self.shape and key != "step_size":
+            if isinstance(value, Tensor) and value.shape == self.weight.shape and key != "step_size":
                 yield value
 
 
@@ -277,17 +285,18 @@ registry = Registry()
 def gates(
     model: nn.Module, block: BlockChoice = "auto", *, include: str = "*", exclude: Sequence[str] = ()
 ) -> dict[str, Gate]:
-    """The gates of a model's linear weights by name, made where there are none yet, with every block active.
+    """The gates of a model's linears and convolutions by name, made where there are none yet, with every block active.
 
-    Call it before the model's first compiled call, or the backend has chosen the blocks already.
+    Call it before the model's first compiled call, or the backend has chosen the blocks already. A convolution that has
+    no room for a block (the first one of a network, of three channels, or a depthwise one) has no gate.
 
     Args:
         model: plain, or what `torch.compile` made of it; names are those of `named_parameters()` of the plain model.
-        block: sides of a block in weight entries, `(block_out, block_in)`; one int for a square; "auto" chooses.
+        block: sides of a block, `(block_out, block_in)`, in features or channels; one int for a square; "auto" chooses.
         include, exclude: shell-style patterns of names.
 
     Raises:
-        ValueError: the block does not fit a weight, or differs from the block a weight was gated with before.
+        ValueError: the block does not fit a linear's weight, or differs from the block a weight was gated with before.
 
     >>> gates = cc.gates(model, block=(32, 32))  # doctest: +SKIP
     >>> gates["fc1.weight"].update_(torch.rand(gates["fc1.weight"].grid) < 0.5)  # doctest: +SKIP
@@ -296,7 +305,7 @@ def gates(
     block = parse_block(block)
     found: dict[str, Gate] = {}
     for prefix, module in model.named_modules():
-        weight = module._parameters.get("weight") if isinstance(module, nn.Linear) else None
+        weight = module._parameters.get("weight") if isinstance(module, GATEABLE) else None
         name = f"{prefix}.weight" if prefix else "weight"
         if weight is None or any(gate is registry.get(weight) for gate in found.values()):
             continue
@@ -306,8 +315,9 @@ def gates(
         if gate is None:
             wanted = resolve_block(block, weight)
             if _shared_with_other_kind(model, weight):
-                registry.refuse(weight, "shared with a module that is not a linear")
-            if registry.refusal(weight) or (block == "auto" and too_small(tuple(weight.shape), wanted)):
+                registry.refuse(weight, "shared with a module that is neither a linear nor a convolution")
+            small = block == "auto" and too_small(weight.shape, wanted)
+            if registry.refusal(weight) or small or no_room(weight.shape, wanted, getattr(module, "groups", None)):
                 continue
             gate = registry.get_or_create(weight, wanted, name)
         gate.check_is_in(block)
@@ -328,74 +338,8 @@ def name_excluded(name: str, patterns: Sequence[str]) -> str | None:
     return next((pattern for pattern in patterns if fnmatch.fnmatch(name, pattern)), None)
 
 
-def resolve_block(block: Block | Literal["auto"], weight: Tensor) -> Block:
-    """The sides of a weight's blocks: what was asked for or, for "auto", what its device multiplies well.
-
-    On a GPU a block row is the width of the tensor cores' tile, which reaches its rate from 64 on and rereads its
-    input half as often at 128; a CPU's kernels are as good at 32, and small blocks are better chosen.
-    """
-    if block != "auto":
-        return block
-    if weight.device.type == "cpu":
-        return (32, 32)
-    rows, columns = weight.shape
-    return (128 if rows >= 768 else 64 if rows >= 256 else 32, 64 if columns >= 256 else 32)
-
-
-def parse_block(block: BlockChoice) -> Block | Literal["auto"]:
-    """ "auto", or the sides of a block as a pair, given as one or as an int. Raises ValueError for anything else."""
-    if block == "auto":
-        return block
-    sides = (block, block) if isinstance(block, int) else block
-    if (
-        not isinstance(sides, (tuple, list))
-        or len(sides) != 2
-        or not all(isinstance(side, int) and not isinstance(side, bool) for side in sides)
-    ):
-        raise ValueError(f'block is "auto", an int or a pair of ints (block_out, block_in); got {block!r}')
-    if any(not SMALLEST_SIDE <= side <= LARGEST_SIDE or side % SIDE_STEP for side in sides):
-        raise ValueError(
-            f"block sides are multiples of {SIDE_STEP} from {SMALLEST_SIDE} to {LARGEST_SIDE}; got {tuple(sides)}"
-        )
-    return (sides[0], sides[1])
-
-
-def check_block(block: Block, shape: tuple[int, ...], name: str) -> None:
-    """Raises ValueError when a block is larger than the weight, or the weight no matrix."""
-    if len(shape) != 2:
-        raise ValueError(f"{name}: a gated weight is a matrix [out, in]; got shape {shape}")
-    if block[0] > shape[0] or block[1] > shape[1]:
-        raise ValueError(f"{name}: a block of {block} is larger than the weight {shape}; choose a smaller block")
-
-
-def too_small(shape: tuple[int, ...], block: Block) -> str | None:
-    """Why gating a weight of this shape cannot gain, in a user's words, or None."""
-    rows, columns = index_lists.grid_shape((shape[0], shape[1]), block)
-    if min(rows, columns) >= FEWEST_BLOCKS:
-        return None
-    return f"too small to gain: {rows} x {columns} blocks of {block[0]} x {block[1]}, at least {FEWEST_BLOCKS} each way"
-
-
-def zero_blocks_(tensor: Tensor, gone: Tensor, block: Block) -> None:
-    """Zeroes in place the blocks of a matrix `[out, in]` that are True in `gone` `[R, C]`, which is on the CPU."""
-    rows, columns = gone.shape
-    whole = tensor.shape[0] == rows * block[0] and tensor.shape[1] == columns * block[1] and tensor.is_contiguous()
-    if whole:
-        row, column = gone.nonzero().t().to(tensor.device, non_blocking=True)
-        tensor.view(rows, block[0], columns, block[1])[row, :, column, :] = 0
-    else:
-        entries = index_lists.expand(gone.to(tensor.device), block, (tensor.shape[0], tensor.shape[1]))
-        tensor.masked_fill_(entries, 0)
-
-
 def _shared_with_other_kind(model: nn.Module, weight: Tensor) -> bool:
     return any(
-        any(parameter is weight for parameter in module._parameters.values()) and not isinstance(module, nn.Linear)
+        any(parameter is weight for parameter in module._parameters.values()) and not isinstance(module, GATEABLE)
         for module in model.modules()
     )
-
-
-def _sides(total: int, side: int, count: int) -> Tensor:
-    sides = torch.full((count,), float(side))
-    sides[-1] = total - side * (count - 1)
-    return sides

@@ -1,64 +1,96 @@
-"""Which kernel computes a gated linear: generated C++ on a CPU, generated Triton on a GPU, a dense product elsewhere.
+"""Which kernel computes a gated layer: generated C++ on a CPU, generated Triton on a GPU, a dense product elsewhere.
 
-Where no kernel can run, dense products compute the same, after one warning that says why. On a GPU a gate that is
-denser than the measured crossover of its shape runs as the framework's own dense product, too.
+Where no kernel can run, the framework's dense products compute the same, after one warning that says why. On a GPU a
+gate that is denser than the measured crossover of its shape runs as a dense product, too. A convolution whose window
+is a single tap that sees every position is a linear, and computed as one.
 """
 
+import functools
 import importlib
 import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ctrlcompile.gate import Block, registry
-from ctrlcompile.kernels import cpu_linear, dense_linear, isa, reference
+from ctrlcompile.blocks import Block
+from ctrlcompile.gate import registry
+from ctrlcompile.kernels import index_lists, isa
 from ctrlcompile.kernels.build import KernelBuildError
-from ctrlcompile.kernels.index_lists import BlockLists, build, mask_of
+from ctrlcompile.kernels.index_lists import BlockLists
+from ctrlcompile.kernels.window import Window, channels_last
 
-Types = tuple[torch.device, torch.dtype, torch.dtype, Block, str]  # device, input, weight, block, activation
+
+@dataclass(frozen=True)
+class Family:
+    """The kernels of one kind of layer: modules of `ctrlcompile.kernels` with the same verbs.
+
+    `gpu` is None where there are none yet: then such layers stay dense there. `tried_on` is the window of the smallest
+    layer that they are tried on before they are relied on, 3 taps wide; None for linears.
+    """
+
+    layers: str
+    cpu: str
+    gpu: str | None
+    dense: str
+    tried_on: Window | None = None
+
+
+LINEAR = Family("linears", "cpu_linear", "triton_linear", "dense_linear")
+CONV = Family("convolutions", "dense_conv", None, "dense_conv", Window((1, 1), ((1, 1), (1, 1)), (1, 1)))
+
+# family, device, input, weight, block, activation
+Types = tuple[Family, torch.device, torch.dtype, torch.dtype, Block, str]
+
+
+def family_of(window: Window | None, taps: Sequence[int]) -> Family:
+    """The kernels for a convolution with a kernel of `taps`; None for `window`: for a linear."""
+    return LINEAR if window is None or window.is_linear(taps) else CONV
 
 
 def forward(
-    x: Tensor, weight: Tensor, bias: Tensor | None, lists: BlockLists, block: Block, activation: str
-) -> tuple[Tensor, Tensor]:
-    """`reference.linear` by the fastest kernel that can run; x `[M, K]` with a unit stride along K."""
-    try:
-        if (kernel := _kernel("forward", x, weight, lists, block, activation)) is not None:
-            return kernel.forward(x, weight, bias, lists, block, activation)
-    except KernelBuildError as error:
-        _give_up(_types(weight.device, x.dtype, weight.dtype, block, activation), error)
-    if weight.device.type == "cuda":
-        return dense_linear.forward(x, weight, bias, lists, block, activation)
-    return reference.linear(x, weight, bias, mask_of(lists), block, activation)
+    x: Tensor, weight: Tensor, bias: Tensor | None, lists: BlockLists, block: Block, activation: str,
+    window: Window | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """`reference.linear`, or `reference.conv` with a window, by the fastest kernel that can run.
+
+    x `[M, K]` with a unit stride along K, or `[N, I, *size]` channels-last; what comes out lies as x does. z is empty
+    where the activation's derivative is known from y.
+    """
+    if window is not None and family_of(window, weight.shape[2:]) is LINEAR:
+        y, z = forward(_rows(x), weight.flatten(1), bias, lists, block, activation)
+        return _image(y, x), _image(z, x) if z.dim() == y.dim() else z
+    arguments = (x, weight, bias, lists, block, activation)
+    result: tuple[Tensor, Tensor] = _compute("forward", arguments, weight, lists, block, window, activation)
+    return result
 
 
-def dgrad(grad_z: Tensor, weight: Tensor, lists: BlockLists, block: Block) -> Tensor:
-    """`reference.linear_dgrad` likewise; grad_z `[M, N]`."""
-    try:
-        if (kernel := _kernel("dgrad", grad_z, weight, lists, block)) is not None:
-            return kernel.dgrad(grad_z, weight, lists, block)
-    except KernelBuildError as error:
-        _give_up(_types(weight.device, grad_z.dtype, weight.dtype, block), error)
-    if weight.device.type == "cuda":
-        return dense_linear.dgrad(grad_z, weight, lists, block)
-    return reference.linear_dgrad(grad_z, weight, mask_of(lists), block)
+def dgrad(
+    grad_z: Tensor, weight: Tensor, lists: BlockLists, block: Block, window: Window | None = None,
+    input_size: tuple[int, ...] = (),
+) -> Tensor:  # fmt: skip
+    """`reference.linear_dgrad` or `reference.conv_dgrad` likewise; grad_z `[M, N]` or `[N, O, *out]` channels-last."""
+    if window is not None and family_of(window, weight.shape[2:]) is LINEAR:
+        return _image(dgrad(_rows(grad_z), weight.flatten(1), lists, block), grad_z)
+    arguments = (grad_z, weight, lists, block)
+    result: Tensor = _compute("dgrad", arguments, weight, lists, block, window, input_size=input_size)
+    return result
 
 
 def wgrad(
-    grad_z: Tensor, x: Tensor, weight: Tensor, lists: BlockLists, probes: Tensor, block: Block
-) -> tuple[Tensor, Tensor]:
-    """`reference.linear_wgrad` likewise; grad_z `[M, N]`, x `[M, K]`."""
-    try:
-        if (kernel := _kernel("wgrad", x, weight, lists, block)) is not None:
-            return kernel.wgrad(grad_z, x, weight, lists, probes, block)
-    except KernelBuildError as error:
-        _give_up(_types(weight.device, x.dtype, weight.dtype, block), error)
-    if weight.device.type == "cuda":
-        return dense_linear.wgrad(grad_z, x, weight, lists, probes, block)
-    return reference.linear_wgrad(grad_z, x, weight, mask_of(lists), probes, block)
+    grad_z: Tensor, x: Tensor, weight: Tensor, lists: BlockLists, probes: Tensor, block: Block,
+    window: Window | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """`reference.linear_wgrad` or `reference.conv_wgrad` likewise."""
+    if window is not None and family_of(window, weight.shape[2:]) is LINEAR:
+        gradient, signals = wgrad(_rows(grad_z), _rows(x), weight.flatten(1), lists, probes, block)
+        return gradient.view(weight.shape), signals
+    arguments = (grad_z, x, weight, lists, probes, block)
+    result: tuple[Tensor, Tensor] = _compute("wgrad", arguments, weight, lists, block, window)
+    return result
 
 
 def why_no_kernel(
@@ -68,13 +100,14 @@ def why_no_kernel(
     block: Block,
     activation: str = "none",
     *,
+    family: Family = LINEAR,
     strict: bool = False,
 ) -> str | None:
     """Builds the kernels for these types and this block; None where they can run, else the reason.
 
     Raises what the build raised when `strict`; otherwise a failed build warns once and is remembered.
     """
-    types = _types(device, x_dtype, weight_dtype, block, activation)
+    types = _types(family, device, x_dtype, weight_dtype, block, activation)
     if types in _working:
         return None
     if types in _broken and not strict:
@@ -91,64 +124,114 @@ def why_no_kernel(
     return None
 
 
-def kernel_name(device: torch.device, x_dtype: torch.dtype, weight_dtype: torch.dtype) -> str:
+def kernel_name(device: torch.device, x_dtype: torch.dtype, weight_dtype: torch.dtype, family: Family = LINEAR) -> str:
     """What users call the kernel for these types: language, instruction set or device, types."""
-    _, x_dtype, weight_dtype, _, _ = _types(device, x_dtype, weight_dtype, (0, 0))
+    if device.type == "cpu" and family.cpu == family.dense:
+        return "the framework's dense product"
+    _, _, x_dtype, weight_dtype, _, _ = _types(LINEAR, device, x_dtype, weight_dtype, (0, 0))
     types = " x ".join(sorted({str(dtype).removeprefix("torch.") for dtype in (x_dtype, weight_dtype)}))
     return f"C++ {isa.current().name} {types}" if device.type == "cpu" else f"Triton {types}"
 
 
 def kernel_sources(
-    device: torch.device, x_dtype: torch.dtype, weight_dtype: torch.dtype, block: Block, activation: str
+    device: torch.device,
+    x_dtype: torch.dtype,
+    weight_dtype: torch.dtype,
+    block: Block,
+    activation: str,
+    family: Family = LINEAR,
 ) -> dict[str, Path]:
     """The generated source of the kernel of each role; empty where no kernel runs, or it depends on the call's size."""
-    if device.type != "cpu" or why_no_kernel(device, x_dtype, weight_dtype, block, activation) is not None:
+    if (
+        device.type != "cpu"
+        or family.cpu == family.dense
+        or why_no_kernel(device, x_dtype, weight_dtype, block, activation, family=family)
+    ):
         return {}
-    return cpu_linear.sources(x_dtype, weight_dtype, block, activation)
+    sources: dict[str, Path] = _module(family.cpu).sources(x_dtype, weight_dtype, block, activation)
+    return sources
 
 
 _working: set[Types] = set()
 _broken: dict[Types, str] = {}
 
 
+@functools.cache
+def _module(name: str) -> Any:
+    return importlib.import_module(f"ctrlcompile.kernels.{name}")  # Triton itself only where it is needed
+
+
+def _rows(x: Tensor) -> Tensor:
+    return x.movedim(1, -1).flatten(0, -2)
+
+
+def _image(rows: Tensor, like: Tensor) -> Tensor:
+    """Rows as an image `[N, C, *size]`, channels-last, with batch and size of another."""
+    return rows.view(like.shape[0], *like.shape[2:], -1).movedim(-1, 1)
+
+
+def _compute(
+    role: str, arguments: tuple[Any, ...], weight: Tensor, lists: BlockLists, block: Block, window: Window | None,
+    activation: str = "none", input_size: tuple[int, ...] | None = None,
+) -> Any:  # fmt: skip
+    family, moving = family_of(window, weight.shape[2:]), arguments[0]
+    if window is not None:
+        arguments = (*arguments, window) if input_size is None else (*arguments, window, input_size)
+    try:
+        if (kernel := _kernel(role, moving, weight, lists, block, activation, family)) is not None:
+            return getattr(kernel, role)(*arguments)
+    except KernelBuildError as error:
+        _give_up(_types(family, weight.device, moving.dtype, weight.dtype, block, activation), error)
+    if role != "wgrad":  # which looks at the lists by itself
+        active = index_lists.expand(index_lists.mask_of(lists), block, weight.shape)
+        arguments = (moving, torch.where(active, weight, 0).to(moving.dtype), *arguments[2:])
+    return getattr(_module(family.dense), role)(*arguments)
+
+
 def _types(
-    device: torch.device, x_dtype: torch.dtype, weight_dtype: torch.dtype, block: Block, activation: str = "none"
+    family: Family,
+    device: torch.device,
+    x_dtype: torch.dtype,
+    weight_dtype: torch.dtype,
+    block: Block,
+    activation: str = "none",
 ) -> Types:
     # A float32 weight under a GPU's autocast is cast like its input before the operator sees it.
     weight_dtype = weight_dtype if device.type == "cpu" or weight_dtype != torch.float32 else x_dtype
-    return device, x_dtype, weight_dtype, block, activation
+    return family, device, x_dtype, weight_dtype, block, activation
 
 
 def _unsupported(types: Types) -> str | None:
-    device, x_dtype, weight_dtype, block, _ = types
+    family, device, x_dtype, weight_dtype, block, _ = types
+    reason: str | None = f"no kernels for device type {device.type!r}"
     if device.type == "cpu":
-        return cpu_linear.supported(x_dtype, weight_dtype, block)
-    if device.type == "cuda":
-        return _triton().supported(x_dtype, weight_dtype, block, device)
-    return f"no kernels for device type {device.type!r}"
+        reason = _module(family.cpu).supported(x_dtype, weight_dtype, block)
+    elif device.type == "cuda" and family.gpu is None:
+        reason = f"no GPU kernels for {family.layers} yet"
+    elif device.type == "cuda":
+        reason = _module(family.gpu).supported(x_dtype, weight_dtype, block, device)
+    return reason
 
 
 def _kernel(
-    role: str, x: Tensor, weight: Tensor, lists: BlockLists, block: Block, activation: str = "none"
-) -> ModuleType | None:
+    role: str, x: Tensor, weight: Tensor, lists: BlockLists, block: Block, activation: str = "none",
+    family: Family = LINEAR,
+) -> Any:  # fmt: skip
+    """The module to compute a call with; None where no kernel of the family can run."""
     device = weight.device
-    if why_no_kernel(device, x.dtype, weight.dtype, block, activation) is not None:
+    if why_no_kernel(device, x.dtype, weight.dtype, block, activation, family=family) is not None:
         return None
     if device.type == "cpu":
-        return cpu_linear
+        return _module(family.cpu)
     gate = registry.with_lists(lists.crow_indices)
-    if gate is not None and gate.density > _crossover(role, x, weight, block):
-        return dense_linear
-    return _triton()
+    if gate is not None and gate.density > _crossover(role, x, weight, block, family):
+        return _module(family.dense)
+    return _module(family.gpu)
 
 
-def _crossover(role: str, x: Tensor, weight: Tensor, block: Block) -> float:
+def _crossover(role: str, x: Tensor, weight: Tensor, block: Block, family: Family) -> float:
     n, k = weight.shape
-    return float(_triton().crossover(role, x.dtype, block, x.shape[0], n, k, weight.device))
-
-
-def _triton() -> Any:
-    return importlib.import_module("ctrlcompile.kernels.triton_linear")  # Triton itself only where it is needed
+    return float(_module(family.gpu).crossover(role, x.dtype, block, x.shape[0], n, k, weight.device))
 
 
 def _give_up(types: Types, error: KernelBuildError) -> str:
@@ -160,11 +243,14 @@ def _give_up(types: Types, error: KernelBuildError) -> str:
 
 
 def _try(types: Types) -> None:
-    device, x_dtype, weight_dtype, block, activation = types
-    kernel = cpu_linear if device.type == "cpu" else _triton()
-    lists = build(torch.ones(1, 1, dtype=torch.bool, device=device))
+    family, device, x_dtype, weight_dtype, block, activation = types
+    kernel = _module(family.cpu if device.type == "cpu" else family.gpu)
+    lists = index_lists.build(torch.ones(1, 1, dtype=torch.bool, device=device))
     probes = torch.full((1,), -1, dtype=torch.int32, device=device)
-    x, weight = torch.ones(1, block[1], dtype=x_dtype, device=device), torch.ones(block, dtype=weight_dtype).to(device)
-    y, _ = kernel.forward(x, weight, None, lists, block, activation)
-    kernel.dgrad(y, weight, lists, block)
-    kernel.wgrad(y, x, weight, lists, probes, block)
+    window = () if family.tried_on is None else (family.tried_on,)
+    size = () if family.tried_on is None else (3,) * len(family.tried_on.stride)
+    x = channels_last(torch.ones(1, block[1], *size, dtype=x_dtype, device=device))
+    weight = torch.ones(*block, *size, dtype=weight_dtype, device=device)
+    y, _ = kernel.forward(x, weight, None, lists, block, activation, *window)
+    kernel.dgrad(y, weight, lists, block, *window, *(size for _ in window))
+    kernel.wgrad(y, x, weight, lists, probes, block, *window)

@@ -6,9 +6,10 @@ import torch
 from torch import nn
 
 from ctrlcompile import controller, follow
+from ctrlcompile.blocks import BlockChoice
 from ctrlcompile.controller.budget import Budget
 from ctrlcompile.cost import counter_for
-from ctrlcompile.gate import BlockChoice, gates
+from ctrlcompile.gate import gates
 
 
 class Controller(controller.Controller):
@@ -21,7 +22,7 @@ class Controller(controller.Controller):
     >>> loss.backward(); optimizer.step(); controller.step(loss)  # doctest: +SKIP
 
     Args:
-        model: plain or compiled; its linears are gated as `ctrlcompile.gates` does.
+        model: plain or compiled; its linears and convolutions are gated as `ctrlcompile.gates` does.
         budget: what the run may use: a `Budget`, or the share of the dense run's training FLOPs, in (0, 1].
         total_steps: optimizer steps of the whole run; None: the budget is a rate to hold.
         optimizer: the one that steps the model's Parameters, whose state of a pruned block is zeroed with it.

@@ -5,8 +5,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from ctrlcompile.blocks import Block, BlockChoice, parse_block
 from ctrlcompile.controller.budget import Budget
-from ctrlcompile.gate import Block, BlockChoice, parse_block
 
 MODES = ("default", "max-autotune-no-cudagraphs", "max-autotune")
 
@@ -19,7 +19,7 @@ class Options:
         budget: what the run may use of the dense run's training FLOPs, in (0, 1], or a `Budget`. None: no controller,
             masks change only by `Gate.update_` or by a `Controller` of one's own.
         total_steps: optimizer steps of the whole run; None: the budget is a rate to hold.
-        block: sides of a block in weight entries, `(block_out, block_in)`; an int for a square; "auto" chooses.
+        block: sides of a block, `(block_out, block_in)`, in features or channels; an int for a square; "auto" chooses.
         exclude: shell-style patterns of Parameter names that stay dense.
         strict: raise where the backend would otherwise warn and compute densely.
     """

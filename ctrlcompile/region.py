@@ -16,8 +16,9 @@ from torch import Tensor, fx
 from torch._guards import TracingContext
 
 from ctrlcompile import cost, follow, ops
-from ctrlcompile.gate import Block, Gate, registry
-from ctrlcompile.linears import find_linears
+from ctrlcompile.blocks import Block
+from ctrlcompile.gate import Gate, registry
+from ctrlcompile.layers import find_layers
 from ctrlcompile.options import Options
 from ctrlcompile.passes import Change, passes_for, run
 from ctrlcompile.passes.graph_edit import copy_graph, scopes
@@ -32,7 +33,7 @@ Division = tuple[Block | None, ...]  # the block of each weight of a region, Non
 class Variant:
     """One lowering: the compiled graph, and which weights' gates it takes after Dynamo's arguments.
 
-    For people: what each pass changed, and the activation that a gated linear computes, by its node.
+    For people: what each pass changed, and the activation that a gated layer computes, by its node.
     """
 
     run: Callable[..., Any]
@@ -55,7 +56,7 @@ class Visit:
     @property
     def used_flops(self) -> float:
         """Of a training step in this region, at the present masks and probes."""
-        return cost.used_flops(self.cost, self.region.gates_by_linear(self.gates))
+        return cost.used_flops(self.cost, self.region.gates_by_layer(self.gates))
 
 
 class Region:
@@ -64,9 +65,9 @@ class Region:
     def __init__(self, gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options, lower: Lower) -> None:
         self.options = options
         self._gm, self._lower = gm, lower
-        self.weights, self.linears = find_linears(gm, example_inputs, options)
+        self.weights, self.layers = find_layers(gm, example_inputs, options)
         symbols, self._size_positions = cost.symbols_of(gm)
-        self._cost = cost.RegionCost(cost.region_flops(gm), tuple(linear.product for linear in self.linears), symbols)
+        self._cost = cost.RegionCost(cost.region_flops(gm), tuple(layer.product for layer in self.layers), symbols)
         gates = self._gates(example_inputs)
         self._variants: dict[Any, Variant] = {_division(gates): self._build(gates, example_inputs)}
 
@@ -77,7 +78,7 @@ class Region:
             parameters = tuple(args[weight.position] for weight in self.weights)
             _watcher.visits.append(Visit(self, variant, parameters, tuple(gates), self._bind(args)))
         elif torch.is_grad_enabled() and cost.meter.listening:
-            cost.meter.record(self._bind(args), self.gates_by_linear(gates))
+            cost.meter.record(self._bind(args), self.gates_by_layer(gates))
         inputs: list[Tensor] = []
         for index in variant.gated:
             gate = gates[index]
@@ -101,9 +102,9 @@ class Region:
             gates.append(gate)
         return gates
 
-    def gates_by_linear(self, gates: Sequence[Gate | None]) -> list[Gate | None]:
-        """Those of the weights, in the order of the linears."""
-        return [None if linear.weight is None else gates[linear.weight] for linear in self.linears]
+    def gates_by_layer(self, gates: Sequence[Gate | None]) -> list[Gate | None]:
+        """Those of the weights, in the order of the layers; None where a layer is not gated."""
+        return [layer.gate_among(gates) for layer in self.layers]
 
     def _bind(self, args: Sequence[Any]) -> cost.BoundCost:
         return self._cost.bind(tuple(int(args[position]) for position in self._size_positions))
@@ -113,16 +114,16 @@ class Region:
         if late:
             gm.meta.pop("dynamo_compile_id", None)  # outside Dynamo: no guards to serve, sizes as they are
         blocks = {
-            linear.node: gate.block
-            for linear, gate in zip(self.linears, self.gates_by_linear(gates), strict=True)
+            layer.node: gate.block
+            for layer, gate in zip(self.layers, self.gates_by_layer(gates), strict=True)
             if gate is not None
         }
         gm, changes = run(gm, args, passes_for(blocks))
         by_position = {weight.position: index for index, weight in enumerate(self.weights)}
         gated = tuple(by_position[position] for position in gm.meta["gated_weights"])
         extra = [tensor for index in gated if (gate := gates[index]) is not None for tensor in _example(gate, late)]
-        calls = [node for scope in scopes(gm) for node in scope.gm.graph.nodes if node.target is ops.linear.default]
-        activations = {node.meta["linear"]: node.args[-1] for node in calls}
+        nodes = [node for scope in scopes(gm) for node in scope.gm.graph.nodes if "layer" in node.meta]
+        activations = {node.meta["layer"]: str(ops.activation_of(node)) for node in nodes}
         return Variant(self._lower(gm, [*args, *extra], late), gated, changes, activations)
 
     def _late_variant(self, gates: Sequence[Gate | None], args: Sequence[Any]) -> Variant:
@@ -146,7 +147,7 @@ _watcher = _Watcher()
 def watch(*, gated: bool = True) -> Iterator[list[Visit]]:
     """Collects a `Visit` for each region called inside; such calls do not count towards a budget.
 
-    gated: False leaves the gates out, so that every linear is Inductor's.
+    gated: False leaves the gates out, so that every layer is Inductor's.
     """
     if _watcher.visits is not None:
         raise RuntimeError("explain or profile is running already")

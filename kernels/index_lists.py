@@ -5,6 +5,8 @@ place, so that a mask can change under a compiled graph: the lists have a fixed 
 named as PyTorch's BSR and BSC tensors name theirs.
 """
 
+import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -53,6 +55,16 @@ def grid_shape(weight_shape: tuple[int, int], block: tuple[int, int]) -> tuple[i
     return -(-weight_shape[0] // block[0]), -(-weight_shape[1] // block[1])
 
 
+def matrix_shape(weight_shape: Sequence[int]) -> tuple[int, int]:
+    """A weight `[out, in, *taps]` as a matrix, the taps of an input side by side: `[out, in * taps]`."""
+    return weight_shape[0], math.prod(weight_shape[1:])
+
+
+def matrix_block(block: tuple[int, int], weight_shape: Sequence[int]) -> tuple[int, int]:
+    """Sides of a block in that matrix: a block spans all taps."""
+    return block[0], block[1] * math.prod(weight_shape[2:])
+
+
 def build(mask: Tensor) -> BlockLists:
     """Lists of the active blocks of `mask`, boolean `[R, C]`.
 
@@ -92,11 +104,12 @@ def mask_of(lists: BlockLists) -> Tensor:
     return mask[:-1].view(rows, columns)
 
 
-def expand(mask: Tensor, block: tuple[int, int], shape: tuple[int, int]) -> Tensor:
-    """The block mask `[R, C]` as a mask over the entries of a weight of `shape` `[out, in]`."""
+def expand(mask: Tensor, block: tuple[int, int], shape: Sequence[int]) -> Tensor:
+    """The block mask `[R, C]` as a mask over the entries of a weight of `shape` `[out, in, *taps]`."""
     rows, columns = mask.shape
     entries = mask[:, None, :, None].expand(rows, block[0], columns, block[1])
-    return entries.reshape(rows * block[0], columns * block[1])[: shape[0], : shape[1]]
+    entries = entries.reshape(rows * block[0], columns * block[1])[: shape[0], : shape[1]]
+    return entries[(..., *(None for _ in shape[2:]))].expand(*shape)
 
 
 def _check(mask: Tensor) -> None:

@@ -1,14 +1,19 @@
-"""What the block-sparse linear layer computes, in plain PyTorch: the specification that every kernel is tested against.
+"""What block-sparse linears and convolutions compute, in plain PyTorch: the specification of every kernel.
 
-Works for any floating dtype (half types are accumulated in float32 and rounded once; tests use float64) and through
-autograd. A masked block is *not computed*: whatever its weight holds, and be its input infinite, it adds nothing.
+A convolution is the linear of the patches that its window sees, with the weight as a matrix `[out, in * taps]` and
+blocks as many times as wide as there are taps. Works for any floating dtype (half types are accumulated in float32 and
+rounded once; tests use float64) and through autograd. A masked block is *not computed*: whatever its weight holds, and
+be its input infinite, it adds nothing.
 """
+
+import itertools
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from . import index_lists
+from .window import Window
 
 ACTIVATIONS = ("none", "relu", "gelu", "gelu_tanh")
 
@@ -65,6 +70,76 @@ def gate_gradient(
     return torch.where(active, gradient, zero).to(weight.dtype), signals
 
 
+def conv(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    mask: Tensor,
+    block: tuple[int, int],
+    activation: str,
+    window: Window,
+) -> tuple[Tensor, Tensor]:
+    """`y = activation(z)`, z the convolution of x with the active blocks, plus bias.
+
+    x `[N, I, *size]`, weight `[O, I / groups, *taps]`, bias `[O]` or None, mask boolean `[R, C]`, block `(out, in)`
+    sides in channels, over all taps; returns y and z, both `[N, O, *out]` in x's dtype. With groups, no block row lies
+    in two. Raises ValueError for an unknown activation.
+    """
+    wide, size = index_lists.matrix_block(block, weight.shape), window.output_size(x.shape[2:], weight.shape[2:])
+    groups = zip(_patches(x, weight, window), *(t.chunk(window.groups) for t in (weight.flatten(1), mask)), strict=True)
+    z = torch.cat([linear(rows.to(_compute_dtype(x)), w, None, m, wide)[0] for rows, w, m in groups], dim=1)
+    if bias is not None:
+        z = z + bias.to(z.dtype)
+    y, z = (t.to(x.dtype).view(x.shape[0], *size, -1).movedim(-1, 1) for t in (activate(z, activation), z))
+    return y, z
+
+
+def conv_dgrad(
+    grad_z: Tensor,
+    weight: Tensor,
+    mask: Tensor,
+    block: tuple[int, int],
+    window: Window,
+    input_size: tuple[int, ...],
+) -> Tensor:
+    """Gradient with respect to the input: grad_z `[N, O, *out]` -> `[N, I, *input_size]` in grad_z's dtype."""
+    wide, taps = index_lists.matrix_block(block, weight.shape), weight.shape[2:]
+    rows = grad_z.movedim(1, -1).flatten(0, -2).to(_compute_dtype(grad_z)).chunk(window.groups, dim=1)
+    groups = zip(rows, *(t.chunk(window.groups) for t in (weight.flatten(1), mask)), strict=True)
+    patches = torch.cat([linear_dgrad(*group, wide) for group in groups], dim=1)
+    patches = patches.view(grad_z.shape[0], *grad_z.shape[2:], -1, *taps).movedim(len(taps) + 1, 1)
+    padded = [size + before + after for size, (before, after) in zip(input_size, window.padding, strict=True)]
+    grad_x = patches.new_zeros(*patches.shape[:2], *padded)
+    for tap in itertools.product(*map(range, taps)):
+        seen = zip(tap, window.dilation, window.stride, grad_z.shape[2:], strict=True)
+        positions = [slice(t * d, t * d + s * (count - 1) + 1, s) for t, d, s, count in seen]
+        grad_x[(..., *positions)] += patches[(..., *tap)]
+    inside = [slice(before, before + size) for size, (before, _) in zip(input_size, window.padding, strict=True)]
+    return grad_x[(..., *inside)].to(grad_z.dtype)
+
+
+def conv_wgrad(
+    grad_z: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    mask: Tensor,
+    probes: Tensor,
+    block: tuple[int, int],
+    window: Window,
+) -> tuple[Tensor, Tensor]:
+    """Gradient with respect to the weight, and what each block would tell a controller, as `linear_wgrad` has them.
+
+    grad_z `[N, O, *out]`, x `[N, I, *size]`; grad_weight `[O, I / groups, *taps]`, where masked blocks are zero in
+    every tap; the sums of `signals` are over a block's taps, too.
+    """
+    rows = grad_z.movedim(1, -1).flatten(0, -2).to(_compute_dtype(grad_z)).chunk(window.groups, dim=1)
+    patches = _patches(x, weight, window)
+    gradient = torch.cat([r.t() @ p.to(r.dtype) for r, p in zip(rows, patches, strict=True)])
+    wide = index_lists.matrix_block(block, weight.shape)
+    gradient, signals = gate_gradient(gradient, weight.flatten(1), mask, probes, wide)
+    return gradient.view(weight.shape), signals
+
+
 def activate(z: Tensor, activation: str) -> Tensor:
     """The activation by its name: none, relu, gelu (with the error function) or gelu_tanh."""
     if activation == "none":
@@ -85,6 +160,16 @@ def _rows_product(x: Tensor, weight: Tensor, mask: Tensor, block: tuple[int, int
     rows = weight.split(block[0])
     products = [x[:, inputs[r]].to(dtype) @ rows[r][:, inputs[r]].to(dtype).t() for r in range(mask.shape[0])]
     return torch.cat(products, dim=1)
+
+
+def _patches(x: Tensor, weight: Tensor, window: Window) -> tuple[Tensor, ...]:
+    """What the window sees at each position of the output, for each group: `[positions, inputs * taps]`."""
+    taps = weight.shape[2:]
+    x = F.pad(x, [side for sides in reversed(window.padding) for side in sides])
+    for dim, (count, stride, dilation) in enumerate(zip(taps, window.stride, window.dilation, strict=True), 2):
+        x = x.unfold(dim, dilation * (count - 1) + 1, stride)[..., ::dilation]
+    rows = x.movedim(1, len(taps) + 1).flatten(len(taps) + 1).flatten(0, len(taps))
+    return rows.chunk(window.groups, dim=1)
 
 
 def _block_sums(entries: Tensor, mask: Tensor, block: tuple[int, int]) -> Tensor:

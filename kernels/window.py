@@ -1,6 +1,9 @@
-"""How a convolution's window moves over its input: what a kernel of a convolution is told beside its tensors."""
+"""How a convolution's window moves over its input, and how its input lies in memory: channels-last."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
+
+from torch import Tensor
 
 
 class Window(NamedTuple):
@@ -15,6 +18,21 @@ class Window(NamedTuple):
     dilation: tuple[int, ...] = ()
     groups: int = 1
 
+    @classmethod
+    def of(cls, stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int], groups: int) -> "Window":
+        """A window from what an operator's schema holds: padding flat, before and after each dimension in turn."""
+        return cls(tuple(stride), tuple(zip(padding[::2], padding[1::2], strict=True)), tuple(dilation), groups)
+
+    @property
+    def arguments(self) -> tuple[list[int], list[int], list[int], int]:
+        """What `of` takes."""
+        return list(self.stride), [side for sides in self.padding for side in sides], list(self.dilation), self.groups
+
+    def is_linear(self, taps: Sequence[int]) -> bool:
+        """Whether a convolution with a kernel of `taps` is a linear layer on each position of its input."""
+        moves = zip(taps, self.stride, self.padding, strict=True)
+        return self.groups == 1 and all(move == (1, 1, (0, 0)) for move in moves)
+
     def output_size(self, input_size: tuple[int, ...], taps: tuple[int, ...]) -> tuple[int, ...]:
         """Spatial size of the output for an input of this spatial size and a kernel of `taps`.
 
@@ -27,3 +45,8 @@ class Window(NamedTuple):
                 input_size, taps, self.stride, self.padding, self.dilation, strict=True
             )
         )
+
+
+def channels_last(x: Tensor) -> Tensor:
+    """`x` `[N, C, *size]` laid out with its channels side by side: itself where it is, also in 1 and 3 dimensions."""
+    return x.movedim(1, -1).contiguous().movedim(-1, 1)

@@ -1,7 +1,10 @@
 """Graph passes: each takes Dynamo's graph and returns it with one thing changed.
 
 - `gate_linear`: linear nodes whose weight has a gate become `ctrlprune::linear`, the gate's tensors become inputs.
-- `fuse_activation`: an activation that only a gated linear feeds moves into it.
+- `gate_conv`: convolution nodes likewise become `ctrlprune::conv`, on channels-last images.
+- `fuse_activation`: an activation that only a gated layer feeds moves into it.
+- `gate_nodes`: what the passes that gate layers share.
+- `layer_nodes`: what a linear or convolution node says.
 - `graph_edit`: what every pass needs to leave a clean graph.
 
 A pass is `(gm, example_inputs, *, keyword-only) -> gm`; its configuration is bound with `functools.partial`. `run`
@@ -20,6 +23,7 @@ from torch import fx
 from torch._logging._internal import trace_structured
 
 from ctrlcompile.passes.fuse_activation import fuse_activation
+from ctrlcompile.passes.gate_conv import gate_conv
 from ctrlcompile.passes.gate_linear import gate_linear
 
 logger = logging.getLogger(__name__)
@@ -28,9 +32,10 @@ Pass = Callable[[fx.GraphModule, Sequence[Any]], fx.GraphModule]
 
 
 def passes_for(blocks: Mapping[str, tuple[int, int]]) -> list[Pass]:
-    """The passes in the order in which they run; `blocks` maps the linear nodes to gate to their block sides."""
+    """The passes in the order in which they run; `blocks` maps the layers to gate, by node, to their block sides."""
     return [
         functools.partial(gate_linear, blocks=blocks),
+        functools.partial(gate_conv, blocks=blocks),
         fuse_activation,
     ]
 

@@ -1,4 +1,4 @@
-"""Moves a ReLU or GELU that is the only reader of a gated linear into the linear's last step."""
+"""Moves a ReLU or GELU that is the only reader of a gated layer into the layer's last step."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -15,17 +15,17 @@ GELU = (F.gelu, torch._C._nn.gelu)
 
 
 def fuse_activation(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> fx.GraphModule:
-    """`activation(linear(x))` becomes one `ctrlprune::linear` with that activation."""
+    """`activation(linear(x))` becomes one `ctrlprune::linear` with that activation; likewise a convolution."""
     for graph, node in [(scope.gm.graph, node) for scope in scopes(gm) for node in scope.gm.graph.nodes]:
         activation = _activation(node)
         if activation is None:
             continue
         item = argument(node, 0, "input")
         call = item.args[0] if isinstance(item, fx.Node) and item.args else None
-        if not isinstance(call, fx.Node) or call.target is not ops.linear.default or call.args[-1] != "none":
+        if not isinstance(call, fx.Node) or ops.activation_of(call) != "none":
             continue
         if len(item.users) == 1:
-            call.update_arg(len(call.args) - 1, activation)
+            call.update_arg(ops.ACTIVATION_POSITION, activation)
             item.meta["example_value"] = node.meta["example_value"]
             node.replace_all_uses_with(item)
             graph.erase_node(node)

@@ -107,8 +107,3 @@ def clean(gm: fx.GraphModule) -> fx.GraphModule:
         scope.gm.graph.lint()
         scope.gm.recompile()
     return gm
-
-
-def is_linear(node: fx.Node) -> bool:
-    """Whether a node of Dynamo's graph is `torch.nn.functional.linear`."""
-    return node.op == "call_function" and node.target in (torch.nn.functional.linear, torch._C._nn.linear)

@@ -120,7 +120,7 @@ def test_what_is_not_understood_ends_in_status_2_and_says_what(script, arguments
         ("explain", "misfit", "does not run on inputs (float32[3, 127])"),
         ("explain", "nothing", "returns (model, inputs), a torch.nn.Module first; got None"),
         ("profile", "elsewhere", "no graph of this model was compiled with backend='ctrlprune'"),
-        ("profile", "small", "no linear of this model is gated"),
+        ("profile", "small", "no layer of this model is gated"),
     ],
 )
 def test_what_cannot_be_looked_at_ends_in_status_1_and_says_why(script, command, name, message):
@@ -227,6 +227,6 @@ def test_the_installed_command_explains_with_graphs_and_its_logs_can_be_asked_fo
     done = subprocess.run(command, cwd=script.parent, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("linear ")
-    assert "1 of 2 linears gated" in done.stdout, "64 outputs are two blocks of 32, too few"
+    assert "1 of 2 layers gated" in done.stdout, "64 outputs are two blocks of 32, too few"
     assert "Graph 1 of 1" in done.stdout
     assert "1. gate_linear: " in done.stderr

@@ -33,7 +33,8 @@ def triton(monkeypatch, forgetful):
         supported=lambda x, weight, block, device: None if x == weight else f"no kernel for {x} with {weight}",
         crossover=lambda role, dtype, block, m, n, k, device: {"forward": 0.6, "dgrad": 0.9, "wgrad": 0.0}[role],
     )
-    monkeypatch.setattr(kernel_choice, "_triton", lambda: module)
+    load = kernel_choice._module
+    monkeypatch.setattr(kernel_choice, "_module", lambda name: module if name == "triton_linear" else load(name))
     monkeypatch.setattr(kernel_choice, "_try", lambda types: None)
     return module
 
@@ -92,7 +93,7 @@ def test_on_another_device_the_reason_names_it(forgetful):
     assert reason == "no kernels for device type 'meta'"
 
 
-def test_a_kernel_that_fails_when_it_runs_is_replaced_by_the_specification_with_one_warning(monkeypatch, forgetful):
+def test_a_kernel_that_fails_when_it_runs_is_replaced_by_dense_products_with_one_warning(monkeypatch, forgetful):
     mask = random_mask((4, 3))
     lists, weight = index_lists.build(mask), torch.randn(64, 96)
     x, grad, probes = torch.randn(5, 96), torch.randn(5, 64), torch.tensor([-1], dtype=torch.int32)

@@ -1,4 +1,4 @@
-"""A row per linear of a model: gated or why not, its blocks, density, kernel and share of the FLOPs."""
+"""A row per linear and convolution of a model: gated or why not, its blocks, density, kernel and share of the FLOPs."""
 
 import json
 from collections.abc import Callable, Iterator
@@ -10,25 +10,26 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from ctrlcompile import kernel_choice
-from ctrlcompile.gate import Block, Gate, plain
+from ctrlcompile.blocks import Block
+from ctrlcompile.gate import GATEABLE, Gate, plain
 from ctrlcompile.inspect import tables
 from ctrlcompile.inspect.graphs import Graph
 from ctrlcompile.inspect.undisturbed import call, check_compiled, undisturbed
-from ctrlcompile.linears import LinearNode
+from ctrlcompile.layers import Layer
 from ctrlcompile.region import Visit, watch
 
 
 @dataclass(frozen=True)
 class Row:
-    """One linear, or one call of it where it is called more than once.
+    """One layer (a linear or a convolution), or one call of it where it is called more than once.
 
     Attributes:
         name: of its weight, as in `named_parameters()`.
         module: path of the module that calls it; empty for the model itself.
-        shape: of its weight, `(out, in)`.
+        shape: of its weight, `(out, in)` or `(out, in / groups, *window)`.
         gated: whether blocks of it can be switched.
         reason: why it is not; empty when it is.
-        block: sides of a block in weight entries; None when not gated.
+        block: sides of a block, in features or channels; None when not gated.
         density: active blocks / all blocks; 1.0 when not gated.
         kernel: what computes it.
         flops: of forward and backward in a training step with these inputs, at the present density; 2 per multiply-add.
@@ -56,7 +57,7 @@ class Explanation(tables.Shown):
     """What `explain` found. `str()` is a table.
 
     Attributes:
-        rows: one per linear that ran, then those that did not.
+        rows: one per layer that ran, then those that did not.
         graphs: one per compiled graph that ran, before and after each pass.
         dense_flops: of the whole training step, dense: every matrix product, gated or not.
         flops: of the same at the present densities.
@@ -88,7 +89,7 @@ class Explanation(tables.Shown):
 
     def _table(self) -> Table:
         table = Table(box=None, pad_edge=False, header_style="bold")
-        for heading in ("linear", "out x in", "block", "density", "kernel", "source", "share of FLOPs"):
+        for heading in ("layer", "out x in", "block", "density", "kernel", "source", "share of FLOPs"):
             side: Literal["left", "right"] = "right" if heading in ("density", "share of FLOPs") else "left"
             table.add_column(heading, justify=side, overflow="fold", no_wrap=heading != "kernel")
         for row in self.rows:
@@ -98,16 +99,14 @@ class Explanation(tables.Shown):
             source = row.source.rsplit("/", 1)[-1]
             table.add_row(row.name, shape, block, f"{row.density:.3f}", what, source, f"{self._share(row.flops):.1%}")
         rest = self.dense_flops - sum(row.dense_flops for row in self.rows)
-        table.add_row(
-            "all else (attention, convolutions, ...)", "", "dense", "1.000", "Inductor", "", f"{self._share(rest):.1%}"
-        )
+        table.add_row("all else (attention, ...)", "", "dense", "1.000", "Inductor", "", f"{self._share(rest):.1%}")
         gateable = sum(row.dense_flops for row in self.rows if row.gated)
         used = sum(row.flops for row in self.rows if row.gated)
         table.add_section()
         table.add_row(
             f"step: {self.flops / 1e9:.3g} of {self.dense_flops / 1e9:.3g} GFLOP",
             "", "", f"{used / gateable:.3f}" if gateable else "1.000",
-            f"{sum(row.gated for row in self.rows)} of {len(self.rows)} linears gated, {self.regions} graphs", "",
+            f"{sum(row.gated for row in self.rows)} of {len(self.rows)} layers gated, {self.regions} graphs", "",
             f"{self.flops / self.dense_flops:.1%} of dense" if self.dense_flops else "",
         )  # fmt: skip
         return table
@@ -123,7 +122,7 @@ def explain(model: nn.Module) -> Callable[..., Explanation]:
     towards a budget, random state and buffers are put back. FLOPs are those of a training step on such inputs.
 
     >>> explanation = cc.explain(model)(x)  # doctest: +SKIP
-    >>> print(explanation)  # a row per linear  # doctest: +SKIP
+    >>> print(explanation)  # a row per layer  # doctest: +SKIP
     >>> print(explanation.graphs[0])  # what each pass changed, as a diff  # doctest: +SKIP
     >>> explanation.sources  # path -> generated source of each kernel in force  # doctest: +SKIP
 
@@ -149,15 +148,16 @@ def _explanation(module: nn.Module, visits: list[Visit]) -> Explanation:
     dense_flops = 0.0
     for visit in visits:
         dense_flops += visit.cost.dense
-        for linear, (dense, _) in zip(visit.region.linears, visit.cost.products, strict=True):
-            parameter = None if linear.weight is None else visit.parameters[linear.weight]
-            gate = None if linear.weight is None else visit.gates[linear.weight]
-            name = names.get(id(parameter), linear.name)
+        region = visit.region
+        gates = region.gates_by_layer(visit.gates)
+        for layer, gate, (dense, _) in zip(region.layers, gates, visit.cost.products, strict=True):
+            parameter = None if layer.weight is None else visit.parameters[layer.weight]
+            name = names.get(id(parameter), layer.name)
             reached.add(name)
-            activation = visit.variant.activations.get(linear.node, "none")
-            rows.append(_row(name, linear, parameter, gate, activation, dense))
+            activation = visit.variant.activations.get(layer.node, "none")
+            rows.append(_row(name, layer, parameter, gate, activation, dense))
     for prefix, child in module.named_modules():
-        weight = child._parameters.get("weight") if isinstance(child, nn.Linear) else None
+        weight = child._parameters.get("weight") if isinstance(child, GATEABLE) else None
         name = f"{prefix}.weight" if prefix else "weight"
         if weight is not None and name not in reached and names.get(id(weight)) == name:
             reason = "not in a compiled graph that these inputs reach"
@@ -167,15 +167,14 @@ def _explanation(module: nn.Module, visits: list[Visit]) -> Explanation:
     return Explanation(tuple(rows), graphs, dense_flops, dense_flops - saved)
 
 
-def _row(
-    name: str, linear: LinearNode, parameter: Tensor | None, gate: Gate | None, activation: str, dense: float
-) -> Row:
-    shape, where = () if parameter is None else tuple(parameter.shape), linear.source
+def _row(name: str, layer: Layer, parameter: Tensor | None, gate: Gate | None, activation: str, dense: float) -> Row:
+    shape, where = () if parameter is None else tuple(parameter.shape), layer.source
     if gate is None or parameter is None:
-        why = linear.reason or "no gate"
-        return Row(name, linear.module, shape, False, why, None, 1.0, "Inductor", dense, dense, where)
-    types = (parameter.device, linear.x_dtype, parameter.dtype)
-    reason = kernel_choice.why_no_kernel(*types, gate.block, activation)
-    kernel = kernel_choice.kernel_name(*types) if reason is None else f"dense ({reason})"
-    used, sources = dense * gate.active_share, kernel_choice.kernel_sources(*types, gate.block, activation)
-    return Row(name, linear.module, shape, True, "", gate.block, gate.density, kernel, used, dense, where, sources)
+        why = layer.reason or "no gate"
+        return Row(name, layer.module, shape, False, why, None, 1.0, "Inductor", dense, dense, where)
+    types = (parameter.device, layer.x_dtype, parameter.dtype)
+    reason = kernel_choice.why_no_kernel(*types, gate.block, activation, family=layer.family)
+    kernel = kernel_choice.kernel_name(*types, layer.family) if reason is None else f"dense ({reason})"
+    sources = kernel_choice.kernel_sources(*types, gate.block, activation, layer.family)
+    used = dense * gate.active_share
+    return Row(name, layer.module, shape, True, "", gate.block, gate.density, kernel, used, dense, where, sources)

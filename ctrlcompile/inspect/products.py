@@ -1,9 +1,10 @@
-"""The products of a model's gated linears, as a training step computes them, so that each can be repeated by itself.
+"""The products of a model's gated layers, as a training step computes them, so that each can be repeated by itself.
 
 Seen as calls of our operators. What is new in each step (inputs, gradients) is kept as shape, strides and type only;
 weights and index lists are the live ones.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -13,8 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ctrlcompile import calls, kernel_choice, ops
+from ctrlcompile import calls, kernel_choice, op_calls
 from ctrlcompile.gate import Gate
+from ctrlcompile.kernels import dense_conv
+from ctrlcompile.kernels.window import Window
 
 ROLES = tuple(calls.ROLES.values())
 
@@ -36,7 +39,7 @@ class Layout(NamedTuple):
 
 @dataclass(eq=False)
 class Product:
-    """One product of a gated linear: the gate, the role, and the arguments of the operator by name.
+    """One product of a gated layer: the gate, the role, and the arguments of the operator by name.
 
     `calls` counts how often the step computed it.
     """
@@ -58,17 +61,22 @@ class Product:
 
     @property
     def sizes(self) -> tuple[int, int, int]:
-        """M, K, N."""
-        shape, (n, k) = self._moving().shape, self.gate.shape
-        return torch.Size(shape[:-1]).numel(), k, n
+        """M, K, N, as `calls.sizes` has them."""
+        return calls.sizes(self.arguments)
+
+    @property
+    def window(self) -> Window | None:
+        """How the window of a convolution moves; None for a linear."""
+        return calls.window_of(self.arguments)
 
     @property
     def kernel(self) -> str:
         """What computes it."""
         weight = self.arguments["weight"]
         types = (weight.device, self.dtype, weight.dtype)
-        reason = kernel_choice.why_no_kernel(*types, self.gate.block, self.arguments.get("activation", "none"))
-        return kernel_choice.kernel_name(*types) if reason is None else f"dense ({reason})"
+        family = kernel_choice.family_of(self.window, weight.shape[2:])
+        reason = kernel_choice.why_no_kernel(*types, self.gate.block, self._activation, family=family)
+        return kernel_choice.kernel_name(*types, family) if reason is None else f"dense ({reason})"
 
     @property
     def dense_flops(self) -> float:
@@ -84,12 +92,13 @@ class Product:
     @property
     def bytes(self) -> float:
         """What has to be read and written at least once: input and output whole, of the weight the computed blocks."""
-        m, k, n = self.sizes
-        weight_bytes = k * n * self.arguments["weight"].element_size()
-        moved = m * (k + n) * self.dtype.itemsize + weight_bytes * self._computed_share()
+        m, _, n = self.sizes
+        weight = self.arguments["weight"]
+        weight_bytes = weight.numel() * weight.element_size()
+        moved = (self._input_entries() + m * n) * self.dtype.itemsize + weight_bytes * self._computed_share()
         if self.role == "wgrad":
             return moved + weight_bytes  # the gradient, with zeros where nothing was computed
-        return moved + (m * n * self.dtype.itemsize if ops.saves_z(self.arguments.get("activation", "none")) else 0)
+        return moved + (m * n * self.dtype.itemsize if op_calls.saves_z(self._activation) else 0)
 
     def ours(self, tensors: Callable[[Layout], Tensor]) -> Callable[[], object]:
         """The operator, ready to call on `tensors` of its layouts."""
@@ -98,16 +107,41 @@ class Product:
 
     def dense(self, tensors: Callable[[Layout], Tensor]) -> Callable[[], object]:
         """The framework's own product of the same, ready to call."""
-        weight = self.arguments["weight"].to(self.dtype)
+        weight, bias = self.arguments["weight"].to(self.dtype), self.arguments.get("bias")
+        bias = None if bias is None else bias.to(self.dtype)
+        if self.window is not None:
+            return self._dense_conv(tensors, weight, bias, self.window)
         if self.role == "forward":
-            bias = self.arguments["bias"]
-            return partial(
-                F.linear, tensors(self.arguments["x"]), weight, None if bias is None else bias.to(self.dtype)
-            )
+            return partial(F.linear, tensors(self.arguments["x"]), weight, bias)
         grad = tensors(self.arguments["grad"]).reshape(-1, weight.shape[0])
         if self.role == "dgrad":
             return partial(torch.mm, grad, weight)
         return partial(torch.mm, grad.t(), tensors(self.arguments["x"]).reshape(-1, weight.shape[1]))
+
+    def _dense_conv(
+        self, tensors: Callable[[Layout], Tensor], weight: Tensor, bias: Tensor | None, window: Window
+    ) -> Callable[[], object]:
+        if self.role == "forward":
+            return partial(dense_conv.product, tensors(self.arguments["x"]), weight, bias, window)
+        grad = tensors(self.arguments["grad"])
+        if self.role == "dgrad":
+            return partial(dense_conv.input_gradient, grad, weight, window, tuple(self.arguments["input_size"]))
+        return partial(dense_conv.weight_gradient, grad, tensors(self.arguments["x"]), weight, window)
+
+    def _input_entries(self) -> int:
+        if self.role != "dgrad":
+            return math.prod(self.arguments["x"].shape)
+        m, k, _ = self.sizes
+        window = self.window
+        if window is None:
+            return m * k
+        channels = self.gate.shape[1] * window.groups
+        return self._moving().shape[0] * channels * math.prod(self.arguments["input_size"])
+
+    @property
+    def _activation(self) -> str:
+        activation: str = self.arguments.get("activation", "none")
+        return activation
 
     def _moving(self) -> Layout:
         return self.arguments["x" if self.role == "forward" else "grad"]

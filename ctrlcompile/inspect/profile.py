@@ -27,14 +27,15 @@ from ctrlcompile.region import watch
 
 @dataclass(frozen=True)
 class Row:
-    """One product of a gated linear.
+    """One product of a gated layer.
 
     Attributes:
-        name: of the linear's weight, as in `named_parameters()`.
+        name: of the layer's weight, as in `named_parameters()`.
         role: "forward", "dgrad" or "wgrad".
-        m, k, n: rows of the input, features of the input, features of the output.
+        m, k, n: rows, inputs and outputs of the product; a convolution has a row for each position of its output, and
+            an input for each tap of an input channel.
         dtype: of the input.
-        block: sides of a block in weight entries, `(block_out, block_in)`.
+        block: sides of a block, `(block_out, block_in)`, in features or channels.
         kernel: what computes it.
         calls: how often a step computes it.
         density: active blocks / all blocks.
@@ -123,7 +124,7 @@ class Profile(tables.Shown):
             f"{self.machine.threads} threads, PyTorch {self.machine.torch}; at most {peaks}, "
             f"{self.machine.copy_bytes / 1e9:.4g} GB/s; medians of {self.rounds} rounds",
         )  # fmt: skip
-        for heading in ("linear", "role", "M, K, N"):
+        for heading in ("layer", "role", "M, K, N"):
             table.add_column(heading, no_wrap=True, overflow="fold")
         for heading in ("density", "dense ms", "gated ms", "speed-up", "skipped", "of limit", "of step"):
             table.add_column(heading, justify="right")
@@ -184,7 +185,7 @@ def _profile(
         seen = tuple(visits)  # without those of a recomputation in backward
         gates = list(dict.fromkeys(gate for visit in seen for gate in visit.gates if gate is not None))
         if not gates:
-            raise RuntimeError("no linear of this model is gated; cc.explain(model)(*inputs) says why not")
+            raise RuntimeError("no layer of this model is gated; cc.explain(model)(*inputs) says why not")
         everything = [*module.parameters(), *(gate.signals for gate in gates), *tree_leaves((inputs, named_inputs))]
         leaves = [leaf for leaf in everything if isinstance(leaf, Tensor) and leaf.requires_grad]
         _backward(outputs, leaves)

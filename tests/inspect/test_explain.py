@@ -1,4 +1,4 @@
-"""explain: a row per linear with its reason, and FLOPs that add up to what PyTorch counts."""
+"""explain: a row per layer with its reason, and FLOPs that add up to what PyTorch counts."""
 
 import pytest
 import torch
@@ -40,7 +40,7 @@ def explained():
     return model, run, x, gates, cc.explain(run)(x)
 
 
-def test_every_linear_has_a_row_that_says_gated_or_why_not(explained):
+def test_every_layer_has_a_row_that_says_gated_or_why_not(explained):
     _, _, _, gates, found = explained
     rows = {row.name: row for row in found.rows}
     gate = gates["wide.weight"]
@@ -53,6 +53,7 @@ def test_every_linear_has_a_row_that_says_gated_or_why_not(explained):
     reasons = {name: row.reason for name, row in rows.items() if not row.gated}
     assert "too small" in reasons.pop("small.weight")
     assert "not in a compiled graph" in reasons.pop("unreached.weight")
+    assert "fewer than a block" in reasons.pop("conv.weight")
     (normed,) = reasons.values()
     assert "parametrization" in normed
     assert found.regions == 2

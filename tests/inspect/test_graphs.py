@@ -11,9 +11,10 @@ from torch._logging._internal import trace_log
 
 import ctrlcompile as cc
 from ctrlcompile.passes import passes_for, run
-from ctrlcompile.passes.graph_edit import copy_graph, is_linear
+from ctrlcompile.passes.graph_edit import copy_graph
+from ctrlcompile.passes.layer_nodes import is_linear
 
-NAMES = ["gate_linear", "fuse_activation"]
+NAMES = ["gate_linear", "gate_conv", "fuse_activation"]
 
 
 class Broken(nn.Module):
@@ -51,7 +52,8 @@ def test_each_change_is_the_text_before_and_after_with_a_diff_that_leads_from_on
     found = changes()
     assert [change.name for change in found] == NAMES
     assert found[0].after == found[1].before
-    gated, fused = found
+    gated, conv, fused = found
+    assert conv.before == conv.after == gated.after, "it has no convolution"
     assert "linear(" in gated.before
     assert "ctrlprune" not in gated.before
     assert "ctrlprune.linear" in gated.after
@@ -74,7 +76,7 @@ def test_diffs_are_logged_for_who_asks_for_detail_and_only_for_them(changes, cap
     with caplog.at_level(logging.DEBUG, logger):
         found = changes()
     messages = [record.getMessage() for record in caplog.records]
-    assert [message for message in messages if "+++" in message] == [change.diff for change in found]
+    assert [message for message in messages if "+++" in message] == [change.diff for change in found if change.diff]
 
 
 def test_graphs_and_diffs_are_artifacts_in_a_trace(changes):
@@ -87,15 +89,17 @@ def test_graphs_and_diffs_are_artifacts_in_a_trace(changes):
     handler = Handler()
     trace_log.addHandler(handler)
     try:
-        gated, fused = changes()
+        gated, _, fused = changes()
     finally:
         trace_log.removeHandler(handler)
     assert artifacts == {
         "ctrlcompile_0_before_passes": gated.before,
         "ctrlcompile_1_gate_linear": gated.after,
         "ctrlcompile_1_gate_linear_diff": gated.diff,
-        "ctrlcompile_2_fuse_activation": fused.after,
-        "ctrlcompile_2_fuse_activation_diff": fused.diff,
+        "ctrlcompile_2_gate_conv": gated.after,
+        "ctrlcompile_2_gate_conv_diff": "",
+        "ctrlcompile_3_fuse_activation": fused.after,
+        "ctrlcompile_3_fuse_activation_diff": fused.diff,
     }
 
 

@@ -158,8 +158,8 @@ def test_profiling_leaves_model_gates_gradients_random_state_and_budget_as_they_
 
 
 def test_the_gated_step_has_every_gated_product_and_the_dense_step_none(profiled):
-    expected = [operator for operator, role in calls.ROLES.items() for row in profiled.profile if row.role == role]
-    assert sorted(profiled.operators["gated"]) == sorted(expected)
+    roles = [calls.ROLES[operator] for operator in profiled.operators["gated"]]
+    assert sorted(roles) == sorted(row.role for row in profiled.profile)
     assert profiled.operators["dense"] == []
 
 
@@ -221,7 +221,7 @@ def test_what_cannot_be_profiled_is_an_error_that_says_what_to_do(one_thread):
     with pytest.raises(RuntimeError, match=r"pass the compiled model, cc\.profile"):
         cc.profile(MLP())(torch.randn(5, 40))
     small = torch.compile(nn.Linear(8, 8), backend="ctrlprune")
-    with pytest.raises(RuntimeError, match=r"no linear .* is gated; cc.explain"):
+    with pytest.raises(RuntimeError, match=r"no layer .* is gated; cc.explain"):
         cc.profile(small)(torch.randn(5, 8))
 
 

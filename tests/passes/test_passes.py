@@ -11,8 +11,10 @@ import ctrlcompile as cc
 from ctrlcompile import ops
 from ctrlcompile.passes import passes_for, run
 from ctrlcompile.passes.fuse_activation import fuse_activation
-from ctrlcompile.passes.gate_linear import GATE_INPUTS, gate_linear
-from ctrlcompile.passes.graph_edit import copy_graph, is_linear
+from ctrlcompile.passes.gate_linear import gate_linear
+from ctrlcompile.passes.gate_nodes import GATE_INPUTS
+from ctrlcompile.passes.graph_edit import copy_graph
+from ctrlcompile.passes.layer_nodes import is_linear
 
 from ..small_models import prune_
 
@@ -158,9 +160,10 @@ def test_the_runner_logs_a_numbered_list_of_what_each_pass_changed(caplog):
     captured = Captured(model, torch.randn(6, 40))
     with caplog.at_level("INFO", logger="ctrlcompile.passes"):
         gm, _ = run(copy_graph(captured.gm), captured.inputs, passes_for(dict.fromkeys(captured.linears, (8, 8))))
-    first, second = (record.getMessage() for record in caplog.records if record.name == "ctrlcompile.passes")
+    first, second, third = (record.getMessage() for record in caplog.records if record.name == "ctrlcompile.passes")
     assert first.startswith("1. gate_linear: ")
     assert "linear -2" in first
-    assert second.startswith("2. fuse_activation: ")
-    assert "relu -1" in second
+    assert second == "2. gate_conv: no change"
+    assert third.startswith("3. fuse_activation: ")
+    assert "relu -1" in third
     assert count(gm, ops.linear.default) == 2

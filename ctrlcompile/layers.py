@@ -1,0 +1,166 @@
+"""The linears and convolutions of a graph of Dynamo's: whose weight each reads, what it costs, why it gets no gate."""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from ctrlcompile import kernel_choice
+from ctrlcompile.blocks import Block, no_room, resolve_block, too_small
+from ctrlcompile.cost import ProductCost, expression
+from ctrlcompile.gate import Gate, name_excluded, registry
+from ctrlcompile.kernels.window import Window
+from ctrlcompile.options import Options
+from ctrlcompile.passes.graph_edit import Scope, argument, scopes, uses
+from ctrlcompile.passes.layer_nodes import TRANSPOSED, is_layer, is_linear, is_weight_of, obstacle, window_of
+
+COMPUTED = "its weight is computed in the graph (a parametrization, say), not a Parameter"
+
+
+@dataclass(frozen=True)
+class Weight:
+    """A Parameter that layers of this region read: its argument position, and why it gets no gate by itself."""
+
+    position: int
+    name: str
+    reason: str | None
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A linear or a convolution of the graph.
+
+    `weight` indexes the region's weights, None where the weight is no argument; `window` is None for a linear;
+    `obstacle` says why it cannot be gated at all, `reason` why it is not by itself.
+    """
+
+    node: str
+    weight: int | None
+    name: str
+    module: str
+    source: str
+    x_dtype: torch.dtype
+    shape: tuple[int, ...]
+    window: Window | None
+    product: ProductCost
+    obstacle: str | None
+    reason: str | None
+
+    @property
+    def family(self) -> kernel_choice.Family:
+        """The kernels that compute it."""
+        return kernel_choice.family_of(self.window, self.shape[2:])
+
+    def gate_among(self, gates: Sequence[Gate | None]) -> Gate | None:
+        """Its gate, of those of the region's weights; None where it has none, or has no room for the gate's blocks."""
+        gate = None if self.weight is None or self.obstacle is not None else gates[self.weight]
+        if gate is None or self.window is None:
+            return gate
+        return gate if no_room(self.shape, gate.block, self.window.groups) is None else None
+
+
+def find_layers(
+    gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options
+) -> tuple[list[Weight], list[Layer]]:
+    """The weights that a graph's layers read, and its layers, in activation checkpoints too.
+
+    A Parameter that something other than a layer reads is refused a gate from now on, in every graph.
+    """
+    position = {node: i for i, node in enumerate(gm.graph.find_nodes(op="placeholder"))}
+    everywhere = scopes(gm)
+    weights: list[Weight] = []
+    index_of: dict[fx.Node, int] = {}
+    layers: list[Layer] = []
+    for scope in everywhere:
+        for node in filter(is_layer, scope.gm.graph.nodes):
+            weight = argument(node, 1, "weight")
+            outer = scope.outer(weight)
+            parameter = example_inputs[position[outer]] if outer in position else None
+            dtype = node.meta["example_value"].dtype
+            index: int | None = None
+            name = _name_by_module(node)
+            reason: str | None = COMPUTED
+            if outer is not None and isinstance(parameter, torch.nn.Parameter):
+                if outer not in index_of:
+                    parameter_name = _parameter_name(outer)
+                    why = _why_dense(outer, parameter, parameter_name, dtype, options, everywhere)
+                    index_of[outer] = len(weights)
+                    weights.append(Weight(position[outer], parameter_name, why))
+                index = index_of[outer]
+                name, reason = weights[index].name, weights[index].reason
+            why_never = obstacle(node)
+            layers.append(
+                Layer(
+                    f"{scope.prefix}{node.name}", index, name, _module(node), _source_line(node), dtype,
+                    tuple(weight.meta["example_value"].shape), None if why_never else window_of(node), _product(node),
+                    why_never, why_never or reason,
+                )
+            )  # fmt: skip
+    return weights, layers
+
+
+def _why_dense(
+    node: fx.Node, parameter: Tensor, name: str, x_dtype: torch.dtype, options: Options, everywhere: list[Scope]
+) -> str | None:
+    """Why a weight gets no gate of the backend's own accord; None: it gets one."""
+    readers = [user for user, known in uses(node, everywhere) if is_weight_of(known, user)]
+    if len(readers) < len(list(uses(node, everywhere))):
+        registry.refuse(parameter, "shared with another kind of layer, such as an embedding")
+    if (refusal := registry.refusal(parameter)) is not None:
+        return refusal
+    if (reason := next(filter(None, map(obstacle, readers)), None)) is not None:
+        return reason
+    if is_linear(readers[0]) and parameter.dim() != 2:
+        return "its weight is no matrix"
+    if (pattern := name_excluded(name, options.exclude)) is not None:
+        return f"excluded by {pattern!r}"
+    gate = registry.get(parameter)
+    if gate is not None:
+        gate.check_is_in(options.block)
+    block = resolve_block(options.block, parameter) if gate is None else gate.block
+    if gate is None and not parameter.requires_grad:
+        return "frozen: it has no gradient to judge blocks by"
+    windows = list(map(window_of, readers))
+    reasons = [_no_gain(parameter.shape, block, window) for window in windows if gate is None]
+    if (reason := next(filter(None, reasons), None)) is not None:
+        return reason
+    types = (parameter.device, x_dtype, parameter.dtype, block)
+    families = {kernel_choice.family_of(window, parameter.shape[2:]) for window in windows}
+    reasons = [kernel_choice.why_no_kernel(*types, family=family, strict=options.strict) for family in families]
+    return next(filter(None, reasons), None)
+
+
+def _no_gain(shape: Sequence[int], block: Block, window: Window | None) -> str | None:
+    return (None if window is None else no_room(shape, block, window.groups)) or too_small(shape, block)
+
+
+def _product(node: fx.Node) -> ProductCost:
+    x, weight = (argument(node, i, name).meta["example_value"] for i, name in enumerate(("input", "weight")))
+    positions = x if node.target in TRANSPOSED else node.meta["example_value"]
+    flops = expression(2 * positions.numel() * weight[:1].numel())
+    return ProductCost(flops, flops if x.requires_grad else 0, flops if weight.requires_grad else 0)
+
+
+def _parameter_name(node: fx.Node) -> str:
+    source = node._dynamo_source  # type: ignore[attr-defined]
+    text = source.name() if callable(source.name) else source.name
+    parts = re.findall(r"_(?:modules|parameters)\['([^']+)'\]", text)
+    return ".".join(parts) if parts else text
+
+
+def _name_by_module(node: fx.Node) -> str:
+    return f"{_module(node)}.weight" if node.meta.get("nn_module_stack") else node.name
+
+
+def _module(node: fx.Node) -> str:
+    stack = node.meta.get("nn_module_stack") or {}
+    paths = [path for path, _ in stack.values()]
+    return re.sub(r"^L\['\w+'\]\.?", "", paths[-1]) if paths else ""
+
+
+def _source_line(node: fx.Node) -> str:
+    found = re.findall(r'File "([^"]+)", line (\d+)', node.stack_trace or "")
+    return f"{found[-1][0]}:{found[-1][1]}" if found else ""

@@ -1,0 +1,160 @@
+"""What runs when an operator of ours is called: checks what came in, then hands it to a kernel.
+
+Kernels trust their pointers, so what does not fit is refused here. Which kernel computes a call is `kernel_choice`'s
+part.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ctrlcompile import kernel_choice
+from ctrlcompile.blocks import no_room
+from ctrlcompile.kernels import index_lists, reference
+from ctrlcompile.kernels.index_lists import BlockLists, grid_shape
+from ctrlcompile.kernels.window import Window, channels_last
+
+ACTIVATIONS = reference.ACTIVATIONS
+
+
+def _linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, signals: Tensor, tensors: Sequence[Tensor], probes: Tensor,
+    block_out: int, block_in: int, activation: str,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    lists, block = _lists(tensors, weight, (block_out, block_in)), (block_out, block_in)
+    _check_rows(x, weight.shape[1], weight)
+    check_activation(activation)
+    y, z = kernel_choice.forward(_rows(x), weight, bias, lists, block, activation)
+    shape = (*x.shape[:-1], weight.shape[0])
+    return y.view(shape), z.view(shape) if saves_z(activation) else x.new_empty(0)
+
+
+def _linear_dgrad(grad: Tensor, weight: Tensor, tensors: Sequence[Tensor], block_out: int, block_in: int) -> Tensor:
+    lists, block = _lists(tensors, weight, (block_out, block_in)), (block_out, block_in)
+    _check_rows(grad, weight.shape[0], weight)
+    grad_x = kernel_choice.dgrad(_rows(grad), weight, lists, block)
+    return grad_x.view(*grad.shape[:-1], weight.shape[1])
+
+
+def _linear_wgrad(
+    grad: Tensor, x: Tensor, weight: Tensor, tensors: Sequence[Tensor], probes: Tensor, block_out: int, block_in: int
+) -> tuple[Tensor, Tensor]:
+    lists, block = _lists(tensors, weight, (block_out, block_in)), (block_out, block_in)
+    _check_rows(grad, weight.shape[0], weight)
+    _check_rows(x, weight.shape[1], weight)
+    if grad.numel() // grad.shape[-1] != x.numel() // x.shape[-1]:
+        raise ValueError(f"grad of shape {tuple(grad.shape)} and x of shape {tuple(x.shape)} have unequal rows")
+    return kernel_choice.wgrad(_rows(grad), _rows(x), weight, lists, probes, block)
+
+
+def _conv(
+    x: Tensor, weight: Tensor, bias: Tensor | None, signals: Tensor, tensors: Sequence[Tensor], probes: Tensor,
+    block_out: int, block_in: int, activation: str, *moves: Any,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    lists, block, window = _lists(tensors, weight, (block_out, block_in)), (block_out, block_in), Window.of(*moves)
+    check_window(x.shape, weight.shape, window)
+    _check_groups(weight, block, window)
+    check_activation(activation)
+    y, z = kernel_choice.forward(channels_last(x), weight, bias, lists, block, activation, window)
+    return y, z if saves_z(activation) else x.new_empty(0)
+
+
+def _conv_dgrad(
+    grad: Tensor, weight: Tensor, tensors: Sequence[Tensor], block_out: int, block_in: int, input_size: Sequence[int],
+    *moves: Any,
+) -> Tensor:  # fmt: skip
+    lists, block, window = _lists(tensors, weight, (block_out, block_in)), (block_out, block_in), Window.of(*moves)
+    _check_gradient(grad, (grad.shape[0], weight.shape[1] * window.groups, *input_size), weight, window)
+    _check_groups(weight, block, window)
+    return kernel_choice.dgrad(channels_last(grad), weight, lists, block, window, tuple(input_size))
+
+
+def _conv_wgrad(
+    grad: Tensor, x: Tensor, weight: Tensor, tensors: Sequence[Tensor], probes: Tensor, block_out: int, block_in: int,
+    *moves: Any,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    lists, block, window = _lists(tensors, weight, (block_out, block_in)), (block_out, block_in), Window.of(*moves)
+    _check_gradient(grad, x.shape, weight, window)
+    _check_groups(weight, block, window)
+    return kernel_choice.wgrad(channels_last(grad), channels_last(x), weight, lists, probes, block, window)
+
+
+IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {
+    "linear": _linear,
+    "linear_dgrad": _linear_dgrad,
+    "linear_wgrad": _linear_wgrad,
+    "conv": _conv,
+    "conv_dgrad": _conv_dgrad,
+    "conv_wgrad": _conv_wgrad,
+}
+
+
+def saves_z(activation: str) -> bool:
+    """Whether backward needs the value before the activation (relu's can be read off its output)."""
+    return activation.startswith("gelu")
+
+
+def check_activation(activation: str) -> None:
+    """Raises ValueError for a name that is none of `ACTIVATIONS`."""
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"activation is one of {ACTIVATIONS}; got {activation!r}")
+
+
+def check_window(x: Sequence[int], weight: Sequence[int], window: Window) -> tuple[int, ...]:
+    """The spatial size of what comes out of a convolution of these shapes. Raises ValueError where they do not fit."""
+    dimensions = len(weight) - 2
+    if not 1 <= dimensions <= 3 or len(x) != len(weight) or x[1] != weight[1] * window.groups:
+        raise ValueError(
+            f"an image of shape {tuple(x)} does not fit a weight of {tuple(weight)} in {window.groups} groups: images "
+            "are [N, channels, *size], weights [out, channels / groups, *window], with 1 to 3 sizes"
+        )
+    given = (window.stride, window.padding, window.dilation)
+    moves = min((*window.stride, *window.dilation), default=0)
+    if any(len(values) != dimensions for values in given) or moves < 1 or min(map(min, window.padding)) < 0:
+        raise ValueError(
+            f"stride and dilation are {dimensions} ints above 0 and padding {dimensions} pairs of ints from 0 for a "
+            f"weight of {tuple(weight)}; got stride {window.stride}, padding {window.padding}, dilation "
+            f"{window.dilation}"
+        )
+    size = window.output_size(tuple(x[2:]), tuple(weight[2:]))
+    for extent in size:
+        torch._check(extent > 0, lambda: f"a window of {tuple(weight[2:])} is larger than the image {tuple(x)}")
+    return size
+
+
+def _check_rows(x: Tensor, features: int, weight: Tensor) -> None:
+    if x.dim() == 0 or weight.dim() != 2 or x.shape[-1] != features:
+        raise ValueError(f"an input of shape {tuple(x.shape)} does not fit a weight of {tuple(weight.shape)}")
+
+
+def _check_gradient(grad: Tensor, x: Sequence[int], weight: Tensor, window: Window) -> None:
+    expected = (x[0], weight.shape[0], *check_window(x, weight.shape, window))
+    if tuple(grad.shape) != expected:
+        raise ValueError(f"the gradient of what comes out has shape {expected}; got {tuple(grad.shape)}")
+
+
+def _check_groups(weight: Tensor, block: tuple[int, int], window: Window) -> None:
+    if window.groups > 1 and (reason := no_room(weight.shape, block, window.groups)) is not None:
+        raise ValueError(f"a weight of {tuple(weight.shape)} cannot be gated so: {reason}")
+
+
+def _lists(tensors: Sequence[Tensor], weight: Tensor, block: tuple[int, int]) -> BlockLists:
+    rows, columns = grid_shape((weight.shape[0], weight.shape[1]), block)
+    capacities = index_lists.capacities(rows, columns)
+    if len(tensors) != len(capacities):
+        raise ValueError(f"index lists are {', '.join(capacities._fields)}; got {len(tensors)} tensors")
+    lists = BlockLists(*tensors)
+    for name, tensor, capacity in zip(lists._fields, lists, capacities, strict=True):
+        if tensor.dtype != torch.int32 or tensor.numel() != capacity or not tensor.is_contiguous():
+            raise ValueError(
+                f"{name} is a contiguous int32 tensor of {capacity} entries for a weight of {tuple(weight.shape)} in "
+                f"blocks of {block}; got {tensor.dtype} of shape {tuple(tensor.shape)}"
+            )
+    return lists
+
+
+def _rows(x: Tensor) -> Tensor:
+    rows = x.reshape(-1, x.shape[-1])
+    return rows if rows.stride(-1) == 1 or rows.shape[-1] == 1 else rows.contiguous()

@@ -1,0 +1,30 @@
+"""Rewrites convolution nodes into `ctrlprune::conv`, whose masked blocks are never computed.
+
+Its kernels take channels-last images. The graph says so before each of them: where the image comes from another gated
+convolution, or from what keeps its layout, that costs nothing.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+
+from ctrlcompile import ops
+from ctrlcompile.passes.gate_nodes import Block, GateNodes, gate_nodes, operands
+from ctrlcompile.passes.layer_nodes import is_conv, window_of
+
+
+def gate_conv(gm: fx.GraphModule, example_inputs: Sequence[Any], *, blocks: Mapping[str, Block]) -> fx.GraphModule:
+    """Gates the convolution nodes named in `blocks` with blocks of `(block_out, block_in)` channels."""
+    return gate_nodes(gm, blocks, is_conv, _gated)
+
+
+def _gated(node: fx.Node, gate: GateNodes, block: Block) -> fx.Node:
+    window = window_of(node)
+    assert window is not None  # only convolutions come here
+    x, weight, bias = operands(node)
+    rows = node.graph.call_method("contiguous", (node.graph.call_function(torch.movedim, (x, 1, -1)),))
+    x = node.graph.call_function(torch.movedim, (rows, -1, 1))
+    arguments = (x, weight, bias, *gate, *block, "none", *window.arguments)
+    return node.graph.call_function(ops.conv.default, arguments)
