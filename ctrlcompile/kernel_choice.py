@@ -182,7 +182,8 @@ def _compute(
             return getattr(kernel, role)(*arguments)
     except KernelBuildError as error:
         _give_up(_types(family, weight.device, moving.dtype, weight.dtype, block, activation), error)
-    if role != "wgrad":  # which looks at the lists by itself
+    # A gate keeps masked blocks zero; a CPU need not rely on it. The weight gradient looks at the lists by itself.
+    if role != "wgrad" and weight.device.type == "cpu":
         active = index_lists.expand(index_lists.mask_of(lists), block, weight.shape)
         arguments = (moving, torch.where(active, weight, 0).to(moving.dtype), *arguments[2:])
     return getattr(_module(family.dense), role)(*arguments)

@@ -21,10 +21,10 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """`y = activation(z)`, z the convolution plus bias; z is empty but for the gelu activations, as kernels have it.
 
-    x `[N, I, *size]`, weight `[O, I / groups, *taps]` in x's dtype, bias `[O]` of any floating dtype or None ->
+    x `[N, I, *size]`, weight `[O, I / groups, *taps]`, bias `[O]` of any floating dtype or None ->
     `[N, O, *out]` in x's dtype, channels-last like x.
     """
-    z = product(x, weight, bias, window)
+    z = product(x, weight.to(x.dtype), bias, window)
     keeps_z = activation.startswith("gelu")
     return reference.activate(z, activation), z if keeps_z else x.new_empty(0)
 
@@ -33,7 +33,7 @@ def dgrad(
     grad_z: Tensor, weight: Tensor, lists: BlockLists, block: Block, window: Window, input_size: tuple[int, ...]
 ) -> Tensor:
     """Gradient with respect to the input: grad_z `[N, O, *out]` -> `[N, I, *input_size]`, channels-last."""
-    return input_gradient(grad_z, weight, window, input_size)
+    return input_gradient(grad_z, weight.to(grad_z.dtype), window, input_size)
 
 
 def wgrad(
@@ -44,7 +44,7 @@ def wgrad(
     grad_z `[N, O, *out]`, x `[N, I, *size]`, probes int32 `[P]` padded with -1 -> grad_weight `[O, I / groups, *taps]`
     in the weight's dtype, signals float32 `[2, R, C]` as `reference.conv_wgrad` has them, of the rounded gradient.
     """
-    gradient = weight_gradient(grad_z, x, weight, window).flatten(1)
+    gradient = weight_gradient(grad_z, x, weight.to(x.dtype), window).flatten(1)
     wide = gradient.to(torch.promote_types(gradient.dtype, torch.float32))  # sums of squares do not fit a half type
     sides = index_lists.matrix_block(block, weight.shape)
     gradient, signals = reference.gate_gradient(wide, weight.flatten(1), index_lists.mask_of(lists), probes, sides)
@@ -76,7 +76,7 @@ def weight_gradient(grad_z: Tensor, x: Tensor, weight: Tensor, window: Window) -
     """The framework's gradient with respect to the weight, in x's dtype, and nothing else."""
     common, more = _symmetric(window)
     x = channels_last(F.pad(x, more)) if any(more) else x
-    return _backward(grad_z, x, weight.to(x.dtype), window, common, (False, True, False))[1]
+    return _backward(grad_z, x, weight, window, common, (False, True, False))[1]
 
 
 def _backward(
