@@ -7,6 +7,11 @@
 - `layer_nodes`: what a linear or convolution node says.
 - `graph_edit`: what every pass needs to leave a clean graph.
 
+Beside them, and no pass since it changes nothing:
+
+- `find_coupling`: which block rows of gated weights feed which block columns of others.
+- `channel_rules`, `channels`: what it knows of each operator, and the graph of channel groups that it builds.
+
 A pass is `(gm, example_inputs, *, keyword-only) -> gm`; its configuration is bound with `functools.partial`. `run`
 knows no pass by name.
 """

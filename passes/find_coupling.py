@@ -1,0 +1,231 @@
+"""Finds which block rows of gated weights feed which block columns of others, and what else feeds or reads either.
+
+Not a pass: it changes nothing, and reads Dynamo's graph before the passes do. A row feeds a column when the output
+channels of the one can change the input channels of the other without passing through a gated product. That one
+relation answers both questions that the controller has: whether a column reads anything else than given rows, and
+whether a row is read by anything else than given columns (`ctrlcompile.controller.coupling` says what follows).
+
+The graph is walked once, and every value gets labels (`channels`) that say, element by element, on which groups of
+channels it depends; `channel_rules` has what each operator does to them. An operator without a rule mixes everything
+that it is given. Errors are to one side: where the walk is not exact, rows and columns have more feeders and readers
+than in truth, and are never useless.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeAlias
+
+import networkx as nx
+import sympy
+import torch
+from torch import Tensor, fx
+from torch._ops import HigherOrderOperator, OpOverload
+
+from ctrlcompile.controller.coupling import Coupling, Members, Sets
+from ctrlcompile.passes.channel_rules import IN_PLACE, NEW_MEMORY, RULES, Call, Labels
+from ctrlcompile.passes.channels import CONSTANT, INPUT, LARGEST, OUTPUT, Channels
+from ctrlcompile.passes.graph_edit import argument
+
+Layers: TypeAlias = Mapping[str, tuple[int, tuple[int, int]]]
+Place: TypeAlias = tuple[int, int]  # of a block row or column: number of the weight, number in the weight's grid
+
+CHECKPOINT = torch.ops.higher_order.tag_activation_checkpoint
+SHAPES = (
+    "device",
+    "dim",
+    "dtype",
+    "is_cuda",
+    "ndim",
+    "ndimension",
+    "nelement",
+    "numel",
+    "requires_grad",
+    "shape",
+    "size",
+)
+
+
+def find_coupling(gm: fx.GraphModule, layers: Layers) -> Coupling | None:
+    """How the gated weights of one of Dynamo's graphs are coupled; None where nothing could ever be useless.
+
+    layers: the gated linear and convolution nodes, named as `graph_edit.scopes` does; for each the number of its weight
+        and the sides of the weight's blocks in channels.
+    """
+    walk = _Walk(layers)
+    walk.run(gm)
+    graph, row_of = walk.channels.graph, walk.rows
+    rows, columns = sorted(row_of), sorted(walk.columns)
+    carried = nx.subgraph_view(graph, filter_edge=lambda a, b: graph.edges[a, b]["carries"])
+    feeders = _sources(carried, {row_of[place]: at for at, place in enumerate(rows)}, INPUT)
+    readers = _sources(graph.reverse(copy=False), {place: at for at, place in enumerate(columns)}, OUTPUT)
+    feeds, reads = [feeders[place] for place in columns], [readers[row_of[place]] for place in rows]
+    if not any(feeds) and not any(reads):
+        return None
+    weights = range(1 + max((weight for weight, _ in rows), default=-1))
+    grid = [tuple(sum(place[0] == weight for place in places) for weight in weights) for places in (rows, columns)]
+    return Coupling(grid[0], grid[1], Sets.from_members(feeds), Sets.from_members(reads))
+
+
+def _sources(graph: nx.DiGraph, members: Mapping[Any, int], other: Any) -> dict[Any, Members]:
+    """For each node the members among what leads to it; None where `other` is among it too."""
+    bits = {node: 1 << at for node, at in members.items()} | {other: 1 << len(members)}
+    found: dict[Any, int] = {}
+    for node in nx.topological_sort(graph):
+        found[node] = bits.get(node, 0)
+        for before in graph.predecessors(node):
+            found[node] |= found[before]
+    sets: dict[int, Members] = {}
+    for mask in set(found.values()):
+        sets[mask] = (
+            None if mask >> len(members) else frozenset(i for i, bit in enumerate(reversed(bin(mask))) if bit == "1")
+        )
+    return {node: sets[mask] for node, mask in found.items()}
+
+
+class _Walk:
+    """Labels for every value of a graph, in order; and the channel groups that they name."""
+
+    def __init__(self, layers: Layers) -> None:
+        self.channels = Channels()
+        self.rows: dict[Place, int] = {}
+        self.columns: set[Place] = set()
+        self._layers = layers
+        self._values: dict[fx.Node, Labels] = {}
+        self._memory: dict[fx.Node, fx.Node] = {}  # the first value in whose memory another one may lie
+        self._primes: dict[sympy.Symbol, int] = {}
+
+    def run(self, gm: fx.GraphModule, prefix: str = "") -> Any:
+        """Walks a graph; the body of a checkpoint once its inputs have labels. Returns what its output returns."""
+        for node in gm.graph.nodes:
+            if node.op == "output":
+                if not prefix:
+                    for value in node.all_input_nodes:
+                        self._write(self._values[value])
+                return node.args[0]
+            if node.op == "placeholder" and prefix:
+                continue
+            self._memory[node] = node
+            self._values[node] = self._fitting(node, self._labels(gm, node, prefix))
+            self._mutate(node)
+        raise AssertionError("a graph has an output")
+
+    def _labels(self, gm: fx.GraphModule, node: fx.Node, prefix: str) -> Labels | None:
+        if node.op == "placeholder":
+            return torch.tensor(CONSTANT if self._is_constant(node) else INPUT)
+        if node.op == "get_attr" or _is_shape(node):
+            return torch.tensor(CONSTANT)
+        name = f"{prefix}{node.name}"
+        if name in self._layers:
+            return self._gated(node, *self._layers[name])
+        body = node.args[0] if node.target is CHECKPOINT else None
+        if isinstance(body, fx.Node) and len(body.users) == 1:
+            return self._body(getattr(gm, body.target), node.args[1:], f"{prefix}{body.target}.")  # type: ignore[arg-type]
+        if node.all_input_nodes and (node.target not in NEW_MEMORY or _written(node)):
+            self._memory[node] = self._memory[node.all_input_nodes[0]]
+        rule = RULES.get(node.target) or IN_PLACE.get(node.target)
+        return None if rule is None else rule(Call(node, self.channels, self._values, self._sizes))
+
+    def _fitting(self, node: fx.Node, labels: Labels | None) -> Labels:
+        """Labels of the shape that the node's value has, or one for everything that the call is given."""
+        sizes = self._sizes(node)
+        if isinstance(labels, list) or (labels is not None and labels.dim() == 0):
+            return labels
+        if labels is not None and sizes is not None and labels.dim() == len(sizes):
+            wrong = [have for have, size in zip(labels.shape, sizes, strict=True) if have not in (1, size)]
+            if not wrong:
+                return labels
+        return self.channels.all_of(t for value in node.all_input_nodes for t in _tensors(self._values[value]))
+
+    def _body(self, gm: fx.GraphModule, args: Sequence[Any], prefix: str) -> list[Tensor]:
+        for inner, outer in zip(gm.graph.find_nodes(op="placeholder"), args, strict=True):
+            self._values[inner], self._memory[inner] = self._values[outer], self._memory[outer]
+        returned = self.run(gm, prefix)
+        values = returned if isinstance(returned, (list, tuple)) else (returned,)
+        found = [self._values[v] if isinstance(v, fx.Node) else torch.tensor(CONSTANT) for v in values]
+        return [self.channels.all_of(value) if isinstance(value, list) else value for value in found]
+
+    def _gated(self, node: fx.Node, weight: int, block: tuple[int, int]) -> Tensor | None:
+        """Reads the input by block columns, and starts anew with the labels of the block rows."""
+        x, parameter = argument(node, 0, "input"), argument(node, 1, "weight")
+        sizes, shape, out = self._sizes(x), self._sizes(parameter), self._sizes(node)
+        assert sizes is not None
+        assert shape is not None
+        assert out is not None
+        axis = len(sizes) - len(shape) + 1
+        labels = Call(node, self.channels, self._values, self._sizes).labels(x).movedim(axis, 0)
+        labels = labels.expand(sizes[axis], *labels.shape[1:]).unflatten(0, (-1, shape[1]))
+        for column, start in enumerate(range(0, shape[1], block[1])):
+            self.columns.add((weight, column))
+            self.channels.graph.add_node((weight, column))
+            self.channels.read(labels[:, start : start + block[1]], (weight, column))
+        rows = range(-(-shape[0] // block[0]))
+        for row in rows:
+            if (weight, row) not in self.rows:
+                self.rows[weight, row] = self.channels.new()
+        of_channel = torch.tensor([self.rows[weight, row] for row in rows]).repeat_interleave(block[0])[: shape[0]]
+        return of_channel.view([shape[0] if dim == axis else 1 for dim in range(len(out))])
+
+    def _mutate(self, node: fx.Node) -> None:
+        """What an operator writes into shows in every value that may lie in the same memory."""
+        for target in _written(node):
+            labels = self._values[node]
+            first = self._memory[target]
+            if first.op in ("placeholder", "get_attr"):
+                self._write(labels)
+            everything = self.channels.all_of(_tensors(labels))
+            for other, memory in self._memory.items():
+                if memory is first and other is not node:
+                    value = self._values[other]
+                    same = other is target and isinstance(value, Tensor) and isinstance(labels, Tensor)
+                    self._values[other] = labels if same else self._with(value, everything)
+
+    def _with(self, value: Labels, label: Tensor) -> Labels:
+        if isinstance(value, list):
+            return [self.channels.joined(labels, label) for labels in value]
+        return self.channels.joined(value, label)
+
+    def _write(self, labels: Labels) -> None:
+        for tensor in _tensors(labels):
+            self.channels.read(tensor, OUTPUT)
+
+    def _is_constant(self, placeholder: fx.Node) -> bool:
+        """Whether an input of the graph is a Parameter, a buffer or a number, and no data."""
+        if self._sizes(placeholder) is None:
+            return True
+        source = getattr(placeholder, "_dynamo_source", None)
+        name = "" if source is None else source.name() if callable(source.name) else source.name
+        return "._parameters[" in name or "._buffers[" in name
+
+    def _sizes(self, value: Any) -> list[int] | None:
+        """The shape of a value, with a large prime for each symbol; None for what is no tensor."""
+        example = value.meta.get("example_value") if isinstance(value, fx.Node) else None
+        return [self._size(size) for size in example.shape] if isinstance(example, Tensor) else None
+
+    def _size(self, size: Any) -> int:
+        if isinstance(size, int):
+            return size
+        expression = size.node.expr
+        for symbol in expression.free_symbols:
+            self._primes.setdefault(symbol, sympy.nextprime(max([LARGEST, *self._primes.values()])))
+        return int(expression.subs(self._primes))
+
+
+def _tensors(labels: Labels) -> list[Tensor]:
+    return labels if isinstance(labels, list) else [labels]
+
+
+def _is_shape(node: fx.Node) -> bool:
+    name = node.args[1] if node.target is getattr else node.target
+    return node.op.startswith("call") and name in SHAPES
+
+
+def _written(node: fx.Node) -> list[fx.Node]:
+    """The values that a call writes into."""
+    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    if isinstance(node.target, HigherOrderOperator):
+        return [] if node.target is CHECKPOINT else node.all_input_nodes
+    if isinstance(node.target, OpOverload):
+        return node.all_input_nodes if node.target._schema.is_mutable else []
+    named = name.endswith("_") and not name.endswith("__") and node.target not in RULES
+    in_place = named or name in ("setitem", "__setitem__") or node.target in IN_PLACE or node.kwargs.get("inplace")
+    out = node.kwargs.get("out")
+    return [*(node.all_input_nodes[:1] if in_place else ()), *([out] if isinstance(out, fx.Node) else ())]
