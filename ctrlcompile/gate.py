@@ -6,6 +6,7 @@ found by the live Parameter, never stored in a graph: two models that share comp
 """
 
 import fnmatch
+import html
 import math
 import weakref
 from collections.abc import Iterator, Sequence
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from ctrlcompile import pictures
 from ctrlcompile.blocks import (
     Block,
     BlockChoice,
@@ -201,10 +203,10 @@ class Gate:
 
         >>> print(ctrlcompile.gates(model)["fc1.weight"].picture())  # doctest: +SKIP
         """
-        rows, columns = self.grid
-        patch = (-(-rows // height), -(-columns // width))
-        shares = nn.functional.avg_pool2d(self._mask[None, None].float().cpu(), patch, ceil_mode=True)[0, 0]
-        return "\n".join("".join(" ░▒▓█"[math.ceil(4 * float(s))] for s in row) for row in shares)
+        return pictures.text(self._mask, width, height)
+
+    def _repr_html_(self) -> str:
+        return f"<pre>{html.escape(repr(self))}</pre>{pictures.svg(self._mask)}"
 
     def __repr__(self) -> str:
         rows, columns = self.grid
