@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from ctrlcompile import run_log
 from ctrlcompile.controller import Controller
 from ctrlcompile.cost import counter_for, meter
 from ctrlcompile.gate import Gate, registry
@@ -82,7 +83,9 @@ def _start(optimizer: torch.optim.Optimizer, gates: list[Gate]) -> None:
     controllers = []
     for options, named in groups.items():
         assert options.budget is not None
-        controllers.append(Controller(named, counter_for(named), options.budget, options.total_steps, driven=True))
+        controller = Controller(named, counter_for(named), options.budget, options.total_steps, driven=True)
+        controller.log = run_log.start(options.log, controller)
+        controllers.append(controller)
         logger.info("a controller drives %d gates from %s", len(named), type(optimizer).__name__)
     if controllers:
         _driven[optimizer] = controllers

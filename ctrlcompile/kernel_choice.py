@@ -133,6 +133,11 @@ def kernel_name(device: torch.device, x_dtype: torch.dtype, weight_dtype: torch.
     return f"C++ {isa.current().name} {types}" if device.type == "cpu" else f"Triton {types}"
 
 
+def device_name(device: torch.device) -> str:
+    """What people call the device: the GPU's name, or the CPU with its instruction set."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU ({isa.current().name})"
+
+
 def kernel_sources(
     device: torch.device,
     x_dtype: torch.dtype,

@@ -1,11 +1,12 @@
 """The controller in the open: made from a model, stepped in the user's own loop."""
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 from torch import nn
 
-from ctrlcompile import controller, follow
+from ctrlcompile import controller, follow, run_log
 from ctrlcompile.blocks import BlockChoice
 from ctrlcompile.controller.budget import Budget
 from ctrlcompile.cost import counter_for
@@ -28,9 +29,11 @@ class Controller(controller.Controller):
         optimizer: the one that steps the model's Parameters, whose state of a pruned block is zeroed with it.
         block, exclude: as for `ctrlcompile.gates`.
         interval: optimizer steps between decisions; by default a hundredth of the run, 1 to 50.
+        log: folder for the run's log, which `ctrlcompile report` reads; a resumed run goes on in the same.
 
     Raises:
-        TypeError, ValueError: a wrong argument, a model without a weight to gate, an optimizer of another model.
+        TypeError, ValueError: a wrong argument, a model without a weight to gate, an optimizer of another model, a log
+            that cannot be written or is of another run.
         BudgetError: from the first `step`, where the model cannot meet the budget.
     """
 
@@ -44,6 +47,7 @@ class Controller(controller.Controller):
         block: BlockChoice = "auto",
         exclude: Sequence[str] = (),
         interval: int | None = None,
+        log: str | Path | None = None,
     ) -> None:
         if not isinstance(optimizer, torch.optim.Optimizer):
             raise TypeError(
@@ -59,5 +63,6 @@ class Controller(controller.Controller):
         for gate in trained.values():
             gate.signals.grad = None  # what came before does not count
         super().__init__(trained, counter_for(trained), budget, total_steps, interval=interval)
+        self.log = run_log.start(log, self)
         for gate in trained.values():
             follow.leave(gate, optimizer)

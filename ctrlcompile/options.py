@@ -3,10 +3,12 @@
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 from ctrlcompile.blocks import Block, BlockChoice, parse_block
 from ctrlcompile.controller.budget import Budget
+from ctrlcompile.run_log import check_folder
 
 MODES = ("default", "max-autotune-no-cudagraphs", "max-autotune")
 
@@ -22,6 +24,7 @@ class Options:
         block: sides of a block, `(block_out, block_in)`, in features or channels; an int for a square; "auto" chooses.
         exclude: shell-style patterns of Parameter names that stay dense.
         strict: raise where the backend would otherwise warn and compute densely.
+        log: folder for the run's log, which `ctrlcompile report` reads; None: no log.
     """
 
     budget: Budget | None = None
@@ -29,13 +32,14 @@ class Options:
     block: Block | Literal["auto"] = "auto"
     exclude: tuple[str, ...] = ()
     strict: bool = False
+    log: Path | None = None
 
 
 def parse(options: Mapping[str, Any] | None) -> Options:
     """Checks what was passed as `options=`.
 
-    Raises ValueError for an unknown option (the message lists those that exist), or a value out of range; TypeError for
-    a value of the wrong type.
+    Raises ValueError for an unknown option (the message lists those that exist), a value out of range, or a log that
+    cannot be written; TypeError for a value of the wrong type.
     """
     given = dict(options or {})
     allowed = [field.name for field in dataclasses.fields(Options)]
@@ -56,12 +60,16 @@ def parse(options: Mapping[str, Any] | None) -> Options:
     strict = given.get("strict", False)
     if not isinstance(strict, bool):
         raise TypeError(f"strict is True or False; got {strict!r}")
+    log = given.get("log")
+    if log is not None and budget is None:
+        raise ValueError("log keeps what a budget's controller decides; give options={'budget': ..., ...} too")
     return Options(
         budget=None if budget is None else Budget.of(budget),
         total_steps=total_steps,
         block=parse_block(block),
         exclude=tuple(exclude),
         strict=strict,
+        log=None if log is None else check_folder(log),
     )
 
 

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 import ctrlcompile as cc
+from ctrlcompile.inspect.run import read
 
 from .small_models import MLP, masked_entries
 
@@ -19,7 +20,7 @@ ONE_LINE = {"budget": 0.4, "total_steps": STEPS, "block": 8}
 class Run:
     """A model, its optimizer and its data, from a seed."""
 
-    def __init__(self, seed: int, options=None, budget=None) -> None:
+    def __init__(self, seed: int, options=None, budget=None, log=None) -> None:
         self.generator = torch.Generator().manual_seed(seed)
         torch.manual_seed(seed)
         self.model = MLP(64, 96, 64)
@@ -28,7 +29,7 @@ class Run:
         self.controller = None
         if budget is not None:
             self.controller = cc.Controller(
-                self.model, budget=budget, total_steps=STEPS, optimizer=self.optimizer, block=8
+                self.model, budget=budget, total_steps=STEPS, optimizer=self.optimizer, block=8, log=log
             )
         self.compiled = torch.compile(self.model, backend="ctrlprune", options=options)
 
@@ -57,8 +58,8 @@ def same_masks(a: Run, b: Run) -> bool:
     return a.masks.keys() == b.masks.keys() and all(torch.equal(a.masks[k], b.masks[k]) for k in a.masks)
 
 
-def test_one_line_lands_on_the_budget_and_the_open_form_makes_the_same_decisions(seed):
-    one_line = Run(seed, ONE_LINE)
+def test_one_line_lands_on_the_budget_and_the_open_form_makes_and_logs_the_same_decisions(seed, tmp_path):
+    one_line = Run(seed, {**ONE_LINE, "log": str(tmp_path / "one line")})
     assert cc.controller_of(one_line.optimizer) is None
     start = one_line.train(1).loss
     one_line.train(STEPS - 1)
@@ -72,10 +73,16 @@ def test_one_line_lands_on_the_budget_and_the_open_form_makes_the_same_decisions
     for gate in gates.values():
         assert not gate.weight[masked_entries(gate)].any()
 
-    in_the_open = Run(seed, budget=0.4).train(STEPS)
+    in_the_open = Run(seed, budget=0.4, log=tmp_path / "open").train(STEPS)
     assert share(in_the_open.controller) == share(controller)
     assert same_masks(one_line, in_the_open)
     assert in_the_open.loss == one_line.loss
+    logged = [read(folder) for folder in (tmp_path / "one line", tmp_path / "open")]
+    for name in ("density", "price", "flops_used"):
+        assert logged[0].series(name) == logged[1].series(name) == [record[name] for record in controller.history]
+    for run in logged:
+        assert all(torch.equal(mask, one_line.masks[name]) for name, mask in run.masks()[-1].items())
+    assert logged[0].processes[0]["gates"].keys() == gates.keys()
     assert cc.controller_of(in_the_open.optimizer) is None, "a controller in the open is stepped by its user alone"
 
 
@@ -155,6 +162,7 @@ def test_wrong_arguments_are_refused_where_they_come_in():
         ({"block": 10}, ValueError, "multiples of 8"),
         ({"block": 128}, ValueError, "larger than the weight"),
         ({"exclude": ["*"]}, ValueError, "nothing to control"),
+        ({"log": __file__}, ValueError, "log: cannot be written"),
     ):
         arguments = {"budget": 0.4, "total_steps": 10, "optimizer": optimizer, "block": 8} | given
         with pytest.raises(error, match=message):

@@ -46,6 +46,9 @@ def test_an_unknown_option_is_refused_with_the_list_of_those_that_exist():
         ({"exclude": "head.weight"}, TypeError, r"list of name patterns.*got 'head\.weight'"),
         ({"exclude": [3]}, TypeError, r"list of name patterns"),
         ({"exclude": 3}, TypeError, r"list of name patterns"),
+        ({"log": "runs/a"}, ValueError, r"log keeps what a budget's controller decides"),
+        ({"budget": 0.4, "log": 3}, TypeError, r"log is the folder .* got 3"),
+        ({"budget": 0.4, "log": __file__}, ValueError, r"log: cannot be written, .*test_options\.py"),
         ({"strict": "yes"}, TypeError, r"True or False; got 'yes'"),
     ],
 )

@@ -26,7 +26,7 @@ def save(controller: Controller) -> dict[str, Any]:
     c = controller
     loss = c._loss if c._loss is None else float(c._loss)
     return {
-        **_identity(c),
+        **identity(c),
         "numbers": copy.deepcopy({name: getattr(c, name) for name in NUMBERS}) | {"_loss": loss},
         "ledger": copy.deepcopy(vars(c._ledger)),
         "ramp": dict(vars(c._ramp)),
@@ -64,7 +64,7 @@ def load(controller: Controller, state: Mapping[str, Any]) -> None:
     c._left_at = c._densities()
 
 
-def _identity(c: Controller) -> dict[str, Any]:
+def identity(c: Controller) -> dict[str, Any]:
     """What a checkpoint and the controller that resumes from it must have in common."""
     return {
         "version": VERSION,
@@ -90,7 +90,7 @@ def _tensors(c: Controller) -> dict[str, Tensor]:
 
 def _check(c: Controller, state: Mapping[str, Any]) -> None:
     """Raises ValueError, in the words of who passed `state`, unless it is a checkpoint of this run."""
-    mine = _identity(c)
+    mine = identity(c)
     expected = {*mine, "numbers", "ledger", "ramp", "feedback", "cursor", "credit", "probes", "probing", "tensors"}
     if missing := expected - state.keys():
         raise ValueError(

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from . import checkpoint
 from .budget import Budget, BudgetError, Ledger
-from .contract import Gate, StepCost
+from .contract import Gate, Log, StepCost
 from .decide import Blocks, Decision, decide, swap_limit
 from .price import Feedback
 from .probes import SPEND, Probes, Rotation
@@ -43,7 +43,8 @@ class Controller:
         price: benefit (loss) per share of the gateable FLOPs at which the marginal block is kept.
         settled: 0 to 1, how far the ranking of blocks has stopped changing.
         reactivations: blocks brought back so far.
-        history: a record per decision, plain numbers.
+        history: a record per decision and one of the last step, plain numbers.
+        log: told of each record, with the gates, when it is made; None: nobody.
 
     Raises:
         ValueError: a wrong argument.
@@ -98,6 +99,7 @@ class Controller:
         self.settled = 0.0
         self.reactivations = 0
         self.history: list[dict[str, Any]] = []
+        self.log: Log | None = None
         self._loss: float | Tensor | None = None
         self._next = 1  # step of the next decision
         self._planned = 1.0  # share of the gateable FLOPs that the steps since the last decision were to use
@@ -162,6 +164,8 @@ class Controller:
         self._probing = []
         self._probe()
         self._inbox.close()
+        if self.log is not None:
+            self.log.close()
 
     # ---------------------------------------------------------------- the loop
 
@@ -181,6 +185,7 @@ class Controller:
         self._measure()
         if left == 0:
             self._probing = []
+            self._note(self._planned, 0, 0)
             log.info("step %d, the last: %.4f of the dense FLOPs used", self.steps, self._used_share())
         elif left == -1:
             log.info("past total_steps=%d: holding density %.3f", self.total_steps, self.density)
@@ -279,21 +284,25 @@ class Controller:
             )
             returned, dropped = self._act(decision)
         self._plan_probes(take, wanted)
-        self.history.append(
-            {
-                "step": self.steps,
-                "loss": None if self._loss is None else float(self._loss),
-                "density": self._density,
-                "target": wanted,
-                "price": self.price,
-                "settled": self.settled,
-                "reactivated": returned,
-                "switched_off": dropped,
-                "flops_used": ledger.used,
-                "flops_dense": ledger.dense,
-            }
-        )
-        log.debug("%s", self.history[-1])
+        self._note(wanted, returned, dropped)
+
+    def _note(self, wanted: float, returned: int, dropped: int) -> None:
+        record = {
+            "step": self.steps,
+            "loss": None if self._loss is None else float(self._loss),
+            "density": self._density,
+            "target": wanted,
+            "price": self.price,
+            "settled": self.settled,
+            "reactivated": returned,
+            "switched_off": dropped,
+            "flops_used": self._ledger.used,
+            "flops_dense": self._ledger.dense,
+        }
+        self.history.append(record)
+        log.debug("%s", record)
+        if self.log is not None:
+            self.log.write(record, self.gates)
 
     def _act(self, decision: Decision) -> tuple[int, int]:
         """Switches the gates; returns how many blocks came back and how many went."""

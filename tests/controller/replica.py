@@ -6,6 +6,7 @@ import torch
 import torch.distributed as dist
 from plant import Plant
 
+from ctrlcompile import run_log
 from ctrlcompile.controller import Controller
 
 rank, store, out = int(sys.argv[1]), sys.argv[2], sys.argv[3]
@@ -14,6 +15,7 @@ dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_
 plant = Plant([(64, 64), (64, 48)], noise=1.0)
 plant.generator.manual_seed(rank)  # the same blocks are useful, the noise is each replica's own
 controller = Controller(plant.gates, plant.meter, 0.4, 80)
+controller.log = run_log.start(f"{out}.log", controller)
 for _ in range(80):
     plant.train_step(rows=1 + rank)
     controller.step()

@@ -8,6 +8,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from ctrlcompile.inspect.run import read
+
 
 @pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="needs torch.distributed with gloo")
 def test_two_replicas_with_different_batches_switch_the_same_blocks(tmp_path):
@@ -26,6 +28,8 @@ def test_two_replicas_with_different_batches_switch_the_same_blocks(tmp_path):
     assert not all(mask.all() for mask in first["masks"])
     for name, tensor in first["state"]["tensors"].items():
         assert torch.equal(tensor, second["state"]["tensors"][name]), name
+    assert read(tmp_path / "0.pt.log").steps[-1] == 80, "the first one writes the log"
+    assert not (tmp_path / "1.pt.log").exists()
     ledger = first["state"]["ledger"]
     assert ledger == second["state"]["ledger"]
     assert ledger["used"] / ledger["dense"] == pytest.approx(0.4, rel=0.01)
