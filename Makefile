@@ -32,7 +32,7 @@ types: .venv/test
 	touch $@
 
 .venv/test: .venv/bin/python pyproject.toml constraints.txt
-	$(INSTALL) '.[examples,dev]'
+	$(INSTALL) '.[examples,report,dev]'
 	touch $@
 
 clean:

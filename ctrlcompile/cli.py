@@ -24,6 +24,8 @@ from torch import Tensor, nn
 from ctrlcompile.inspect import doctor as diagnosis
 from ctrlcompile.inspect import explain as explain_model
 from ctrlcompile.inspect import profile as profile_model
+from ctrlcompile.inspect import report as reports
+from ctrlcompile.inspect import run as runs
 from ctrlcompile.kernels import build
 
 Result = TypeVar("Result")
@@ -153,6 +155,33 @@ def _looked_at(target: Callable[[], Any], look: Callable[[nn.Module], Callable[.
             return look(model)(*positional, **named)
         except (TypeError, ValueError, RuntimeError) as error:
             raise click.ClickException(str(error)) from error
+
+
+@main.command()
+@click.argument("run", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.option("-o", "--output", type=click.Path(dir_okay=False, path_type=Path), help="File; default: RUN/report.html.")
+@as_json
+def report(run: Path, output: Path | None, as_json: bool) -> None:
+    """Write a run's log as one HTML page: curves, masks over time, profile, versions.
+
+    RUN is the folder that was given as log=. A profile goes in where RUN/profile.json has one:
+    ctrlcompile profile TARGET --json > RUN/profile.json
+    """
+    output = output or run / "report.html"
+    try:
+        read = runs.read(run)
+        output.write_text(reports.page(read), encoding="utf-8")
+    except ValueError as error:
+        raise click.ClickException(str(error)) from error
+    except ImportError as error:
+        raise click.ClickException(f"{error.name} is missing: pip install 'ctrlcompile[report]'") from error
+    except OSError as error:
+        raise click.ClickException(f"{output} cannot be written: {error.strerror}") from error
+    if read.unread:
+        lines = "line" if read.unread == 1 else "lines"
+        click.echo(f"{read.unread} {lines} of the log could not be read; the report has the rest", err=True)
+    said = {"report": str(output), "decisions": len(read.decisions), "unread": read.unread}
+    click.echo(json.dumps(said, indent=1) if as_json else str(output))
 
 
 @main.group()

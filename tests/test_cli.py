@@ -11,9 +11,13 @@ from types import SimpleNamespace
 import pytest
 from click.testing import CliRunner
 
-from ctrlcompile import cli
+from ctrlcompile import cli, run_log
+from ctrlcompile.controller import Controller
 from ctrlcompile.inspect import doctor
+from ctrlcompile.inspect.run import read
 from ctrlcompile.kernels import build, cpu_linear
+
+from .controller.plant import Plant
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -137,6 +141,49 @@ def test_what_the_users_own_code_raises_goes_through_with_its_traceback(script):
     assert isinstance(done.exception, LookupError)
     (script.parent / "needs_more.py").write_text("import a_package_that_is_not_there")
     assert isinstance(invoke("explain", "needs_more:make").exception, ModuleNotFoundError)
+
+
+@pytest.fixture
+def run_folder(tmp_path):
+    """A run's folder with a log of ten steps, its last line torn."""
+    plant = Plant([(64, 64)])
+    controller = Controller(plant.gates, plant.meter, 0.5, 10)
+    controller.log = run_log.start(tmp_path / "run", controller)
+    for _ in range(10):
+        plant.train_step()
+        controller.step()
+    with open(tmp_path / "run" / run_log.FILE, "a") as log:
+        log.write('{"kind": "dec')
+    return tmp_path / "run"
+
+
+def test_report_writes_a_page_and_says_where_and_what_could_not_be_read(run_folder, tmp_path):
+    done = invoke("report", run_folder)
+    assert done.exit_code == 0, done.output
+    assert done.stdout == f"{run_folder / 'report.html'}\n"
+    assert "1 line of the log could not be read" in done.stderr
+    assert "Step 10 of 10" in (run_folder / "report.html").read_text()
+    elsewhere = tmp_path / "page.html"
+    said = json.loads(invoke("report", run_folder, "-o", elsewhere, "--json").stdout)
+    assert said == {"report": str(elsewhere), "decisions": len(read(run_folder).decisions), "unread": 1}
+    assert elsewhere.read_text() == (run_folder / "report.html").read_text()
+
+
+def test_report_without_a_log_or_a_place_to_write_or_plotly_ends_in_status_1_or_2(run_folder, tmp_path, monkeypatch):
+    for arguments, status, message in (
+        ([tmp_path], 1, "holds no log.jsonl: train with options="),
+        ([tmp_path / "gone"], 2, "does not exist"),
+        ([run_folder / run_log.FILE], 2, "is a file"),
+        ([run_folder, "-o", tmp_path], 2, "is a directory"),
+        ([run_folder, "-o", tmp_path / "gone" / "page.html"], 1, "page.html cannot be written: No such file"),
+    ):
+        done = invoke("report", *arguments)
+        assert (done.exit_code, done.stdout) == (status, "")
+        assert message in re.sub(r"\s+", " ", done.stderr)
+    monkeypatch.setitem(sys.modules, "plotly", None)
+    done = invoke("report", run_folder)
+    assert done.exit_code == 1
+    assert "plotly is missing: pip install 'ctrlcompile[report]'" in done.stderr
 
 
 def test_cache_lists_and_clears_kernels_and_touches_nothing_else(cache):

@@ -21,7 +21,7 @@ from ctrlcompile.inspect import limits, tables
 from ctrlcompile.inspect.clock import alternate
 from ctrlcompile.inspect.products import ROLES, Layout, Product, Products
 from ctrlcompile.inspect.undisturbed import call, check_compiled, undisturbed
-from ctrlcompile.kernels import isa
+from ctrlcompile.kernel_choice import device_name
 from ctrlcompile.region import watch
 
 
@@ -105,6 +105,16 @@ class Profile(tables.Shown):
     def to_json(self) -> str:
         """Everything measured, as JSON."""
         return json.dumps(asdict(self), indent=1)
+
+    @classmethod
+    def from_json(cls, text: str) -> "Profile":
+        """What `to_json` wrote. Raises ValueError for anything else."""
+        try:
+            read = json.loads(text)
+            rows = tuple(Row(**{**row, "block": tuple(row["block"])}) for row in read["rows"])
+            return cls(rows, Step(**read["step"]), Machine(**read["machine"]), read["rounds"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"not what Profile.to_json() writes ({error})") from error
 
     def to_csv(self) -> str:
         """A line per row with the fields of `Row` as columns, then one for the step."""
@@ -212,8 +222,7 @@ def _profile(
     dense, gated = seconds["dense"], seconds["gated"]
     dense_flops, flops = sum(visit.cost.dense for visit in seen), sum(visit.used_flops for visit in seen)
     machine = Machine(
-        torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU ({isa.current().name})",
-        torch.get_num_threads(), torch.__version__,
+        device_name(device), torch.get_num_threads(), torch.__version__,
         {_name(dtype): rate for dtype, rate in rates.items() if isinstance(dtype, torch.dtype)}, rates["copy"],
     )  # fmt: skip
     return Profile(rows, Step(dense * 1e3, gated * 1e3, dense / gated, dense_flops, flops), machine, rounds)

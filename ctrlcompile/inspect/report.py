@@ -1,0 +1,143 @@
+"""A run as one HTML page that needs no network: curves, every layer's mask over time, profile, what it ran on.
+
+The curves are plotly's: of the well-kept libraries it is the one whose page stands alone, zooms and tells the values
+under the pointer; its script, 5 MB in every page, is the price. Masks are bytes that the page inflates and draws on
+canvases: a plot per layer and step would be slow and many times as large.
+"""
+
+import base64
+import importlib.resources
+import time
+import zlib
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ctrlcompile.inspect.profile import Profile
+from ctrlcompile.inspect.run import Run
+from ctrlcompile.pictures import patches
+
+if TYPE_CHECKING:
+    from plotly.graph_objects import Figure
+
+PROFILE = "profile.json"  # in the run's folder: what `ctrlcompile profile --json` printed
+FRAMES = 200  # decisions at which masks are shown, at most
+CELLS = 128  # blocks of a mask shown each way, at most; of a larger one, patches of blocks
+
+MARGIN = {"l": 50, "r": 20, "t": 40, "b": 40}
+COLOURS = ("#1f4e79", "#c2641a")
+CURVES = (  # a plot against steps each, with its lines
+    ("loss",),
+    ("FLOPs used", "of the dense run"),
+    ("seconds",),
+    ("density", "target"),
+    ("price",),
+    ("blocks reactivated", "switched off"),
+)
+
+
+def page(run: Run) -> str:
+    """The page. Raises ImportError without plotly and Jinja2, ValueError where the run's `profile.json` is none."""
+    import jinja2
+
+    template = importlib.resources.files(__package__).joinpath("report.html").read_text(encoding="utf-8")
+    environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    return environment.from_string(template).render(
+        run=run,
+        last=run.decisions[-1],
+        settings=run.processes[-1]["settings"] if run.processes else {},
+        processes=[process | {"started": _date(process["started"])} for process in run.processes],
+        curves=_html(_curves(run), "curves", script=True),
+        densities=_html(_densities(run), "densities", script=False),
+        masks=_masks(run),
+        profile=_profile(run.folder / PROFILE),
+    )
+
+
+def lines(run: Run) -> dict[str, list[float | None]]:
+    """What is drawn against steps, by name; a value per decision."""
+    return {
+        "loss": run.series("loss"),
+        "FLOPs used": run.series("flops_used"),
+        "of the dense run": run.series("flops_dense"),
+        "seconds": [decision.seconds for decision in run.decisions],
+        "density": run.series("density"),
+        "target": run.series("target"),
+        "price": run.series("price"),
+        "blocks reactivated": run.sums("reactivated"),
+        "switched off": run.sums("switched_off"),
+    }
+
+
+def _curves(run: Run) -> "Figure":
+    from plotly import graph_objects, subplots
+
+    found = lines(run)
+
+    def title(names: tuple[str, ...]) -> str:
+        known = [name if set(found[name]) != {None} else f"{name}: none was noted" for name in names]
+        spans = [f'<span style="color:{colour}">{n}</span>' for n, colour in zip(known, COLOURS, strict=False)]
+        return ", ".join(spans)
+
+    figure = subplots.make_subplots(rows=2, cols=3, subplot_titles=[title(names) for names in CURVES])
+    for number, names in enumerate(CURVES):
+        for name, colour in zip(names, COLOURS, strict=False):
+            line = graph_objects.Scatter(x=run.steps, y=found[name], name=name, mode="lines", line_color=colour)
+            figure.add_trace(line, row=1 + number // 3, col=1 + number % 3)
+    figure.update_xaxes(title_text="step", row=2)
+    return figure.update_layout(template="plotly_white", height=560, showlegend=False, margin=MARGIN)
+
+
+def _densities(run: Run) -> "Figure":
+    from plotly import graph_objects
+
+    found = run.densities()
+    picture = graph_objects.Heatmap(
+        x=run.steps, y=list(found), z=list(found.values()), zmin=0, zmax=1, colorscale=["#eeeeee", COLOURS[0]],
+        hovertemplate="%{y}<br>step %{x}: density %{z:.3f}<extra></extra>",
+    )  # fmt: skip
+    figure = graph_objects.Figure(picture)
+    figure.update_yaxes(autorange="reversed", automargin=True)
+    figure.update_xaxes(title_text="step")
+    return figure.update_layout(template="plotly_white", height=90 + 18 * max(4, len(found)), margin=MARGIN)
+
+
+def _html(figure: "Figure", name: str, *, script: bool) -> str:
+    settings = {"displayModeBar": False, "responsive": True}  # whose buttons lead to a network, too
+    return figure.to_html(config=settings, include_plotlyjs=script, full_html=False, div_id=name)
+
+
+def _masks(run: Run) -> dict[str, Any]:
+    """For the page's script: the steps at which masks are shown, and for each layer a byte per cell and step."""
+    places = [place for place, decision in enumerate(run.decisions) if decision.changed]
+    if len(places) > FRAMES:
+        places = [places[round(i * (len(places) - 1) / (FRAMES - 1))] for i in range(FRAMES)]
+    every, densities, layers = run.masks(), run.densities(), []
+    for name, line in densities.items():
+        gate = run.gates[name]
+        frames = [every[place].get(name, torch.zeros(gate["grid"], dtype=torch.bool)) for place in places]
+        shares = torch.stack([patches(frame, CELLS, CELLS) for frame in frames])
+        cells = bytes((255 * shares).round().byte().flatten().tolist())
+        rows, columns = shares.shape[1:]
+        layers.append(
+            {
+                "name": name, "shape": gate["shape"], "block": gate["block"], "rows": rows, "columns": columns,
+                "densities": [line[place] for place in places],
+                "cells": base64.b64encode(zlib.compress(cells)).decode(),
+            }
+        )  # fmt: skip
+    return {"steps": [run.decisions[place].step for place in places], "layers": layers}
+
+
+def _profile(path: Path) -> str:
+    try:
+        return Profile.from_json(path.read_text(encoding="utf-8"))._repr_html_()
+    except FileNotFoundError:
+        return ""
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} is no profile: {error}; `ctrlcompile profile TARGET --json` prints one") from error
+
+
+def _date(seconds: float) -> str:
+    return time.strftime("%Y-%m-%d %H:%M:%S %z", time.localtime(seconds))
