@@ -1,10 +1,14 @@
-"""Kernels of the block-sparse linear layer.
+"""Kernels of block-sparse linear layers and convolutions.
 
 index_lists   which blocks are active, as compressed rows and columns of fixed capacity
-reference     what the layer computes, in plain PyTorch: the specification
+reference     what the layers compute, in plain PyTorch: the specification
+window        how a convolution moves over its input
 cpu_linear    forward, input gradient and weight gradient on the CPU
-cpp_rows      generates their C++: forward and input gradient
-cpp_wgrad     generates their C++: weight gradient
+cpu_conv      the same of a convolution
+cpu_product   runs the generated C++ for both
+cpp_rows      generates it: forward and input gradient
+cpp_wgrad     generates it: weight gradient
+cpp_window    what both share: where the rows of a product find their inputs
 cpp_vectors   what both begin with: vector types, bfloat16, activations
 isa           instruction sets, and how a kernel fills their registers
 build         compiles C++, and keeps the result on disk

@@ -114,12 +114,10 @@ template <class V> INLINE float sum(typename V::f v) {
   return total;
 }
 
-// Square of Narrow::lanes: to[k * WIDTH + i] = from[i * stride + k].
-template <int WIDTH, class T> INLINE void transpose(const T* from, int64_t stride, float* to) {
-  Narrow::f row[Narrow::lanes];
+// Square of Narrow::lanes: row[k][i] = from[i * stride + k].
+template <class T> INLINE void load_transposed(const T* from, int64_t stride, Narrow::f (&row)[Narrow::lanes]) {
   UNROLL for (int i = 0; i < Narrow::lanes; ++i) row[i] = load<Narrow>(from + i * stride);
 $TRANSPOSE_STAGES
-  UNROLL for (int i = 0; i < Narrow::lanes; ++i) store<Narrow>(to + i * WIDTH, row[i]);
 }
 
 // Part i of `count` nearly equal parts of [0, size) begins here.

@@ -75,4 +75,5 @@ def panels(width: int, isa: Isa) -> list[Panel]:
     return strips
 
 
-_ROWS = {16: {1: 12, 2: 6, 3: 4}, 32: {1: 14, 2: 12, 3: 8, 4: 6}}  # registers -> vectors -> rows
+# registers -> vectors -> rows; no more than 11, since each row also keeps a pointer to its input in a register
+_ROWS = {16: {1: 11, 2: 6, 3: 4}, 32: {1: 11, 2: 11, 3: 8, 4: 6}}

@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import ctrlcompile as cc
 from ctrlcompile import kernel_choice, ops
-from ctrlcompile.kernels import cpu_linear, reference
+from ctrlcompile.kernels import cpu_linear, cpu_product, reference
 from ctrlcompile.kernels.index_lists import build, expand
 
 from .small_models import error, masked_entries, random_mask
@@ -212,9 +212,9 @@ def broken_compiler(monkeypatch):
     def fail(*_):
         raise cpu_linear.KernelBuildError("no kernel", "the compiler is broken", "Mend it")
 
-    for libraries in (cpu_linear._rows_library, cpu_linear._wgrad_library):
+    for libraries in (cpu_product._rows_library, cpu_product._wgrad_library):
         libraries.cache_clear()
-    monkeypatch.setattr(cpu_linear.build, "load", fail)
+    monkeypatch.setattr(cpu_product.build, "load", fail)
     monkeypatch.setattr(kernel_choice, "_broken", {})
     monkeypatch.setattr(kernel_choice, "_working", set())
 

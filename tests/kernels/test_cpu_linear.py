@@ -7,7 +7,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from ctrlcompile.kernels import cpu_linear, index_lists, isa, reference
+from ctrlcompile.kernels import cpu_linear, cpu_product, index_lists, isa, reference
 
 from .problems import AUTOCAST, FLOAT, HALF, Problem
 
@@ -95,7 +95,7 @@ def test_many_rows_are_shared_out_completely(threads, m, k, n):
 
 
 def test_sums_are_kept_between_chunks_of_rows(monkeypatch):
-    monkeypatch.setattr(cpu_linear, "_PACKED_BYTES", 0)  # the smallest chunks
+    monkeypatch.setattr(cpu_product, "_PACKED_BYTES", 0)  # the smallest chunks
     for dtypes in (FLOAT, HALF):
         Problem.random(500, 70, 100, (32, 32), 0.5, dtypes).check_wgrad()
 

@@ -37,7 +37,7 @@ def inner_loops(text: str) -> list[list[str]]:
 def test_the_inner_loop_is_multiply_adds_loads_and_nothing_on_the_stack(target, block, role):
     types = (torch.float32, torch.float32)
     if role == "forward":
-        text = assembly(cpp_rows.source(target, *block, True, *types, "none"), target)
+        text = assembly(cpp_rows.source(target, *block, *types, "none"), target)
     else:
         text = assembly(cpp_wgrad.source(target, block, *types), target)
     register = {16: "zmm", 8: "ymm"}[target.lanes]

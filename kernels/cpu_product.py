@@ -1,0 +1,137 @@
+"""Runs the generated C++ for linears and convolutions: builds what a call needs, and gives it memory to work in.
+
+Kernels are generated and compiled for a block shape, types, activation and instruction set, and kept for the process;
+the mask, the shapes, the window and the number of threads (`torch.get_num_threads()`) are data. The first call with a
+specialisation takes about a second, or a millisecond when it is in the cache on disk. All are safe to call from several
+threads.
+
+Every function that builds may raise `KernelBuildError`, of which `build` tells more.
+"""
+
+import ctypes
+import functools
+import threading
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import build, cpp_rows, cpp_wgrad, isa
+from .index_lists import BlockLists
+
+Block = tuple[int, int]
+Geometry = ctypes.Array[ctypes.c_int64]
+Strides = tuple[int, int, int]  # of a weight, along output channels, input channels, taps
+
+_DTYPES = ((torch.float32, torch.float32), (torch.bfloat16, torch.bfloat16), (torch.bfloat16, torch.float32))
+_PACKED_BYTES = 4 << 20  # of one tile's panels in the weight gradient, to be read from the last-level cache
+
+
+def supported(x_dtype: torch.dtype, weight_dtype: torch.dtype, block: Block) -> str | None:
+    """None where the kernels can run, else the reason, in a user's words."""
+    if (x_dtype, weight_dtype) not in _DTYPES:
+        return f"no CPU kernel for {x_dtype} inputs with a {weight_dtype} weight"
+    if any(side % 8 or not 8 <= side <= 128 for side in block):
+        return f"block sides must be multiples of 8 from 8 to 128, not {block[0]}x{block[1]}"
+    return None
+
+
+def rows(
+    geometry: Geometry, x: Tensor, weight: Tensor, strides: Strides, bias: Tensor | None, lists: tuple[Tensor, ...],
+    y: Tensor, z: Tensor, outputs: int, inputs: int, block: Block, activation: str = "none",
+) -> None:  # fmt: skip
+    """Writes y, and z where the activation needs it: a sum over the listed blocks for each block of outputs.
+
+    `geometry` says where the rows of y and their inputs lie (`cpp_window.geometry`); `lists` are the offsets, indices
+    and order of the blocks of `block`, `(outputs, inputs)`, that each block of outputs sums over.
+    """
+    library = _rows_library(block, x.dtype, weight.dtype, activation, isa.current())
+    bias = None if bias is None else bias.float().contiguous()
+    threads, cached = torch.get_num_threads(), _second_level_bytes() // 2
+    scratch = _scratch(library.scratch_bytes(geometry, outputs, inputs, cached, threads))
+    library.run(
+        geometry, x.data_ptr(), weight.data_ptr(), *strides, None if bias is None else bias.data_ptr(),
+        *(part.data_ptr() for part in lists), y.data_ptr(), z.data_ptr(), outputs, inputs, cached, threads,
+        scratch.data_ptr(),
+    )  # fmt: skip
+
+
+def wgrad(
+    geometry: Geometry, grad_z: Tensor, x: Tensor, weight: Tensor, strides: Strides, lists: BlockLists, probes: Tensor,
+    grad_weight: Tensor, signals: Tensor, block: Block,
+) -> None:  # fmt: skip
+    """Writes the gradient of a weight `[n, k, taps]`, contiguous, and signals `[2, R, C]`; `geometry` as for `rows`."""
+    library = _wgrad_library(block, x.dtype, weight.dtype, isa.current())
+    n, k = grad_weight.shape[:2]
+    scratch = _scratch(library.scratch_bytes(geometry, n, k, probes.numel(), _PACKED_BYTES))
+    library.run(
+        geometry, grad_z.data_ptr(), x.data_ptr(), weight.data_ptr(), *strides, lists.crow_indices.data_ptr(),
+        lists.col_indices.data_ptr(), probes.data_ptr(), probes.numel(), grad_weight.data_ptr(), signals.data_ptr(),
+        n, k, _PACKED_BYTES, torch.get_num_threads(), scratch.data_ptr(),
+    )  # fmt: skip
+
+
+def sources(x_dtype: torch.dtype, weight_dtype: torch.dtype, block: Block, activation: str) -> dict[str, Path]:
+    """The generated C++ of the forward, dgrad and wgrad kernels for these types; built where they are not yet."""
+    target = isa.current()
+    libraries = {
+        "forward": _rows_library(block, x_dtype, weight_dtype, activation, target),
+        "dgrad": _rows_library((block[1], block[0]), x_dtype, weight_dtype, "none", target),
+        "wgrad": _wgrad_library(block, x_dtype, weight_dtype, target),
+    }
+    return {role: Path(library._name).with_suffix(".cpp") for role, library in libraries.items()}
+
+
+@functools.cache
+def _rows_library(
+    block: Block, x_dtype: torch.dtype, weight_dtype: torch.dtype, activation: str, target: isa.Isa
+) -> ctypes.CDLL:
+    source = cpp_rows.source(target, *block, x_dtype, weight_dtype, activation)
+    library = build.load(_name(f"rows_{activation}", block, x_dtype, weight_dtype, target), source, target.flags)
+    return _declare(library, "p p p l l l p p p p p p l l l i p", "p l l l i")
+
+
+@functools.cache
+def _wgrad_library(block: Block, x_dtype: torch.dtype, weight_dtype: torch.dtype, target: isa.Isa) -> ctypes.CDLL:
+    source = cpp_wgrad.source(target, block, x_dtype, weight_dtype)
+    library = build.load(_name("wgrad", block, x_dtype, weight_dtype, target), source, target.flags)
+    return _declare(library, "p p p p l l l p p p l p p l l l i p", "p l l l l")
+
+
+def _name(role: str, block: Block, x_dtype: torch.dtype, weight_dtype: torch.dtype, target: isa.Isa) -> str:
+    types = "_".join(dict.fromkeys(str(dtype).removeprefix("torch.") for dtype in (x_dtype, weight_dtype)))
+    return f"{role}_{block[0]}x{block[1]}_{types}_{target.name}"
+
+
+def _declare(library: ctypes.CDLL, run: str, scratch_bytes: str) -> ctypes.CDLL:
+    kinds: dict[str, Any] = {"p": ctypes.c_void_p, "l": ctypes.c_int64, "i": ctypes.c_int}
+    library.run.argtypes = [kinds[kind] for kind in run.split()]
+    library.run.restype = None
+    library.scratch_bytes.argtypes = [kinds[kind] for kind in scratch_bytes.split()]
+    library.scratch_bytes.restype = ctypes.c_int64
+    return library
+
+
+_held = threading.local()
+
+
+def _scratch(size: int) -> Tensor:
+    """Memory that the calling thread keeps for all kernels: fresh pages at every call would cost as much as packing.
+
+    Grows to the largest need, as an upper bound for a dense mask; what is not touched is not backed by memory.
+    """
+    scratch: Tensor | None = getattr(_held, "scratch", None)
+    if scratch is None or scratch.numel() < size:
+        _held.scratch = None  # the old one goes before the new one comes
+        _held.scratch = scratch = torch.empty(size, dtype=torch.uint8)
+    return scratch
+
+
+@functools.cache
+def _second_level_bytes() -> int:
+    try:
+        text = Path("/sys/devices/system/cpu/cpu0/cache/index2/size").read_text().strip()
+        return int(text.removesuffix("K")) * 1024
+    except (OSError, ValueError):
+        return 512 * 1024
