@@ -40,7 +40,7 @@ class Family:
 
 
 LINEAR = Family("linears", "cpu_linear", "triton_linear", "dense_linear")
-CONV = Family("convolutions", "dense_conv", None, "dense_conv", Window((1, 1), ((1, 1), (1, 1)), (1, 1)))
+CONV = Family("convolutions", "cpu_conv", None, "dense_conv", Window((1, 1), ((1, 1), (1, 1)), (1, 1)))
 
 # family, device, input, weight, block, activation
 Types = tuple[Family, torch.device, torch.dtype, torch.dtype, Block, str]

@@ -21,7 +21,7 @@ from .cpu_product import Block
 from .cpu_product import sources as sources
 from .cpu_product import supported as supported
 from .index_lists import BlockLists
-from .window import Window
+from .window import Window, channels_last
 
 
 def forward(
@@ -32,7 +32,7 @@ def forward(
     x `[N, I, *size]`, best with a unit stride along I, weight `[O, I / groups, *taps]`, bias `[O]` or None. Returns y
     `[N, O, *out]` in x's dtype, channels-last, and z as `cpu_linear.forward` does.
     """
-    x, flat = _channels_last(x), weight.flatten(2)
+    x, flat = channels_last(x), weight.flatten(2)
     size, taps = tuple(x.shape[2:]), tuple(weight.shape[2:])
     out = window.output_size(size, taps)
     y = _empty(x, weight.shape[0], out)
@@ -54,7 +54,7 @@ def forward(
 
 def dgrad(grad_z: Tensor, weight: Tensor, lists: BlockLists, block: Block, window: Window, input_size: Size) -> Tensor:
     """Gradient with respect to the input, `reference.conv_dgrad`: grad_z `[N, O, *out]` -> `[N, I, *input_size]`."""
-    grad_z, flat = _channels_last(grad_z), weight.flatten(2)
+    grad_z, flat = channels_last(grad_z), weight.flatten(2)
     out, none = tuple(grad_z.shape[2:]), grad_z.new_empty(0)
     o, i = flat.shape[:2]
     grad_x = _empty(grad_z, i * window.groups, input_size)
@@ -84,7 +84,7 @@ def wgrad(
     grad_z `[N, O, *out]`, x `[N, I, *size]`, probes int32 `[P]` (flat ids of inactive blocks, padded with -1) ->
     grad_weight contiguous `[O, I / groups, *taps]` in the weight's dtype, signals float32 `[2, R, C]`.
     """
-    grad_z, x, flat = _channels_last(grad_z), _channels_last(x), weight.flatten(2)
+    grad_z, x, flat = channels_last(grad_z), channels_last(x), weight.flatten(2)
     size, taps, out = tuple(x.shape[2:]), tuple(weight.shape[2:]), tuple(grad_z.shape[2:])
     grad_weight = torch.empty(weight.shape, dtype=weight.dtype)
     signals = torch.empty(2, *lists.grid)
@@ -105,11 +105,6 @@ def wgrad(
         )  # fmt: skip
         signals.view(2, window.groups, *own.grid)[:, group].copy_(part.view(2, *own.grid))
     return grad_weight, signals
-
-
-def _channels_last(x: Tensor) -> Tensor:
-    """x with a unit stride along its channels; as it is where it has one."""
-    return x if x.stride(1) == 1 else x.movedim(1, -1).contiguous().movedim(-1, 1)
 
 
 def _empty(like: Tensor, channels: int, size: Size) -> Tensor:

@@ -90,7 +90,7 @@ def conv(
     z = torch.cat([linear(rows.to(_compute_dtype(x)), w, None, m, wide)[0] for rows, w, m in groups], dim=1)
     if bias is not None:
         z = z + bias.to(z.dtype)
-    y, z = (t.to(x.dtype).view(x.shape[0], *size, -1).movedim(-1, 1) for t in (activate(z, activation), z))
+    y, z = (t.to(x.dtype).view(x.shape[0], *size, weight.shape[0]).movedim(-1, 1) for t in (activate(z, activation), z))
     return y, z
 
 
@@ -107,7 +107,8 @@ def conv_dgrad(
     rows = grad_z.movedim(1, -1).flatten(0, -2).to(_compute_dtype(grad_z)).chunk(window.groups, dim=1)
     groups = zip(rows, *(t.chunk(window.groups) for t in (weight.flatten(1), mask)), strict=True)
     patches = torch.cat([linear_dgrad(*group, wide) for group in groups], dim=1)
-    patches = patches.view(grad_z.shape[0], *grad_z.shape[2:], -1, *taps).movedim(len(taps) + 1, 1)
+    inputs = weight.shape[1] * window.groups
+    patches = patches.view(grad_z.shape[0], *grad_z.shape[2:], inputs, *taps).movedim(len(taps) + 1, 1)
     padded = [size + before + after for size, (before, after) in zip(input_size, window.padding, strict=True)]
     grad_x = patches.new_zeros(*patches.shape[:2], *padded)
     for tap in itertools.product(*map(range, taps)):

@@ -1,0 +1,149 @@
+"""The CPU kernels compute convolutions as the reference says, as accurately as the framework's do."""
+
+import pytest
+import torch
+from hypothesis import assume, given
+from hypothesis import strategies as st
+
+from ctrlcompile.kernels import cpu_conv, cpu_product, index_lists, isa
+from ctrlcompile.kernels.window import Window, channels_last
+
+from .conv_problems import ConvProblem
+from .problems import AUTOCAST, FLOAT, HALF
+from .test_cpu_linear import PROPERTY, TARGETS
+
+AXES = st.lists(
+    st.tuples(
+        st.integers(1, 9),  # size
+        st.integers(1, 3),  # taps
+        st.integers(1, 3),  # stride
+        st.tuples(st.integers(0, 3), st.integers(0, 3)),  # padding
+        st.integers(1, 2),  # dilation
+    ),
+    min_size=1,
+    max_size=3,
+)
+# images, outputs, taps, window, block
+SHAPES = {
+    "3x3": ((3, 70, 9, 8), 90, (3, 3), Window((1, 1), ((1, 1), (1, 1)), (1, 1)), (32, 16)),
+    "stride 2": ((2, 40, 9, 12), 72, (3, 3), Window((2, 2), ((1, 1), (1, 1)), (1, 1)), (16, 16)),
+    "1x1 with stride 2": ((2, 64, 8, 7), 64, (1, 1), Window((2, 2), ((0, 0), (0, 0)), (1, 1)), (16, 16)),
+    "stride beyond the taps": ((2, 32, 9, 9), 32, (2, 2), Window((3, 4), ((0, 0), (0, 0)), (1, 1)), (16, 16)),
+    "padding beyond the taps": ((2, 32, 3, 3), 32, (2, 2), Window((1, 1), ((3, 2), (2, 3)), (1, 1)), (16, 16)),
+    "one channel": ((2, 1, 11, 9), 33, (5, 3), Window((1, 2), ((2, 2), (0, 1)), (1, 1)), (8, 24)),
+    "dilation": ((2, 48, 11, 9), 40, (3, 2), Window((1, 1), ((2, 2), (1, 0)), (2, 3)), (8, 24)),
+    "two groups": ((2, 64, 6, 6), 96, (3, 3), Window((1, 1), ((1, 1), (1, 1)), (1, 1), 2), (16, 16)),
+    "lines longer than a tile": ((2, 40, 1500), 40, (5,), Window((1,), ((2, 2),), (1,)), (16, 16)),
+    "volumes": ((2, 24, 5, 4, 6), 24, (3, 2, 3), Window((1, 2, 1), ((1, 1), (0, 1), (1, 1)), (1, 1, 2)), (16, 16)),
+    "a single pixel": ((1, 64, 1, 1), 64, (3, 3), Window((1, 1), ((1, 1), (1, 1)), (1, 1)), (16, 16)),
+    "no image": ((0, 32, 4, 4), 32, (3, 3), Window((1, 1), ((1, 1), (1, 1)), (1, 1)), (16, 16)),
+}
+
+
+def problem_of(name, density=0.5, dtypes=FLOAT) -> ConvProblem:
+    return ConvProblem.random(*SHAPES[name], density, dtypes).on(cpu_conv)
+
+
+@given(
+    axes=AXES,
+    count=st.integers(1, 3),
+    channels=st.tuples(st.integers(1, 50), st.integers(1, 50)),
+    density=st.sampled_from([0.0, 0.3, 1.0]),
+    seed=st.integers(0, 2**31),
+)
+@PROPERTY
+def test_any_window_is_as_accurate_as_dense(axes, count, channels, density, seed):
+    torch.manual_seed(seed)
+    size, taps, stride, padding, dilation = zip(*axes, strict=True)
+    window = Window(stride, padding, dilation)
+    assume(min(window.output_size(size, taps)) > 0)
+    ConvProblem.random((count, channels[0], *size), channels[1], taps, window, (16, 16), density, FLOAT).on(
+        cpu_conv
+    ).check()
+
+
+@pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.parametrize("dtypes", [FLOAT, HALF, AUTOCAST], ids=["float32", "bfloat16", "autocast"])
+def test_every_role_is_as_accurate_as_dense(name, dtypes):
+    problem_of(name, dtypes=dtypes).check("gelu")
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_every_instruction_set_computes_the_same(target, monkeypatch):
+    monkeypatch.setattr(isa, "current", lambda: TARGETS[target])
+    problem_of("3x3").check("gelu")
+
+
+@pytest.mark.parametrize("threads", [1, 2, 5])
+@pytest.mark.parametrize("name", ["3x3", "lines longer than a tile", "a single pixel"])
+def test_pixels_are_shared_out_completely(threads, name):
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        problem_of(name).check()
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("name", ["3x3", "stride 2", "volumes"])
+def test_small_tiles_add_up(name, monkeypatch):
+    monkeypatch.setattr(cpu_product, "_PACKED_BYTES", 0)
+    monkeypatch.setattr(cpu_product, "_second_level_bytes", lambda: 0)
+    _, channels, *size = SHAPES[name][0]
+    outputs, *rest = SHAPES[name][1:]
+    ConvProblem.random((40, channels, *size), outputs, *rest, 0.5, FLOAT).on(cpu_conv).check()
+
+
+@pytest.mark.parametrize("name", ["3x3", "two groups"])
+@pytest.mark.parametrize("mask", ["empty row", "empty column", "all masked"])
+def test_where_nothing_is_active_the_result_is_that_of_a_zero_weight(name, mask):
+    problem = problem_of(name, density=1.0)
+    if mask == "empty row":
+        problem.mask[1] = False
+    elif mask == "empty column":
+        problem.mask[:, 1] = False
+    else:
+        problem.mask[:] = False
+    problem.check("gelu")
+
+
+@pytest.mark.parametrize("name", ["3x3", "dilation", "volumes", "two groups"])
+def test_a_weight_may_be_channels_last_and_activations_need_not_be(name):
+    problem = problem_of(name)
+    problem.weight = channels_last(problem.weight)
+    problem.x, problem.grad_z = problem.x.contiguous(), problem.grad_z.contiguous()
+    problem.check()
+
+
+def test_images_may_lie_apart():
+    problem = problem_of("stride 2")
+    problem.x = torch.cat([problem.x, problem.x], dim=1)[:, : problem.x.shape[1], 1:-1]
+    wide = torch.randn_like(torch.cat([problem.grad_z, problem.grad_z], dim=1))
+    problem.grad_z = channels_last(wide)[:, 3 : 3 + problem.grad_z.shape[1], :-1]
+    problem.check()
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("nan")])
+def test_a_masked_block_meets_neither_its_weight_nor_its_input(value):
+    problem = problem_of("3x3", density=1.0)
+    problem.mask[:, 1], problem.mask[2] = False, False
+    problem.weight[:, 16:32], problem.weight[64:] = value, value
+    problem.x[:, 16:32], problem.grad_z[:, 64:] = value, value
+    problem.probes[:] = -1
+    lists, rest = index_lists.build(problem.mask), (problem.block, problem.window)
+    y, _ = cpu_conv.forward(problem.x, problem.weight, problem.bias, lists, problem.block, "none", problem.window)
+    grad_x = cpu_conv.dgrad(problem.grad_z, problem.weight, lists, *rest, tuple(problem.x.shape[2:]))
+    gradients = cpu_conv.wgrad(problem.grad_z, problem.x, problem.weight, lists, problem.probes, *rest)
+    assert all(result.isfinite().all() for result in (y, grad_x, *gradients))
+
+
+def test_probes_are_measured_over_all_taps_and_not_written():
+    for name in ("3x3", "two groups"):
+        problem = problem_of(name, density=0.0)
+        problem.probes = torch.tensor([2, -1, 9], dtype=torch.int32)
+        problem.check_wgrad()
+        lists = index_lists.build(problem.mask)
+        _, signals = cpu_conv.wgrad(
+            problem.grad_z, problem.x, problem.weight, lists, problem.probes, problem.block, problem.window
+        )
+        assert signals[1].flatten().nonzero().flatten().tolist() == [2, 9]
