@@ -10,17 +10,19 @@ has a tile of `rows` rows of x by one output block, and sums over the block's wh
 - Programs start with the longest list, in groups of row tiles whose rows of x stay in the second-level cache. The last
   ones to start have little to do, so that rows of unequal length leave no multiprocessor waiting; a persistent loop
   would have to guess that balance.
+- Of a convolution a list is walked once per tap, with rows of x that begin elsewhere: `triton_window`.
 - With `swap`, blocks of 64 outputs are the tensor core's rows and rows of x its columns, of which it takes up to 256 at
   once: a fuller instruction, and for few rows of x a fitting one.
 """
 
 import math
-import re
 from dataclasses import dataclass, replace
 
 import torch
 
 from .triton_device import Device, shortlist
+from .triton_window import Walk
+from .window import Window
 
 DTYPES = {torch.float16: "float16", torch.bfloat16: "bfloat16", torch.float32: "float32"}
 _SIZES = [(16, 4), (32, 4), (64, 4), (128, 4), (128, 8), (256, 4), (256, 8)]  # rows of x, warps
@@ -39,6 +41,9 @@ class Rows:
     bias: bool = False
     partial: bool = False  # the last input block is cut off by the weight's edge
     precision: str = "ieee"  # of products of float32: ieee or tf32
+    taps: tuple[int, ...] = ()  # of a convolution, for each spatial dimension
+    window: Window = Window()
+    wide: bool = False  # places in x or y do not fit 32 bits: of a convolution, whose tiles have no base
 
     @property
     def columns(self) -> int:
@@ -56,12 +61,23 @@ class Rows:
         return self.activation.startswith("gelu")
 
     @property
+    def walk(self) -> Walk | None:
+        """How a convolution's taps are walked."""
+        return Walk(self.taps, self.window, self.transposed) if self.taps else None
+
+    def summed(self, inputs: int) -> float:
+        """How many products an entry of the output is the sum of, for x with so many columns and a dense weight."""
+        phases = self.walk.phases if self.walk else 1
+        return inputs * math.prod(self.taps) / self.window.groups / phases
+
+    @property
     def name(self) -> str:
         """Begins the file name."""
+        kind = self.walk.name if self.walk else "linear"
         role = f"forward_{self.activation}" if self.transposed else "dgrad"
         types = DTYPES[self.dtype] + ("_tf32" if self.precision == "tf32" else "")
         side = (self.outputs, self.inputs) if self.transposed else (self.inputs, self.outputs)
-        return f"linear_{role}_{side[0]}x{side[1]}_{types}"
+        return f"{kind}_{role}_{side[0]}x{side[1]}_{types}"
 
 
 @dataclass(frozen=True)
@@ -116,7 +132,7 @@ def _tiles(kernel: Rows, device: Device) -> list[RowsTile]:
         step, sizes = (16, _SIZES[:4]) if kernel.precision == "ieee" else (32, _SIZES)
         return [RowsTile(rows, step, warps, 3) for rows, warps in sizes]
     steps = [(64, False)] if kernel.part >= 64 else [(64, False), (128, False)]
-    if device.descriptors and kernel.part >= 32:
+    if device.descriptors and kernel.part >= 32 and not kernel.walk:
         steps.insert(0, (min(kernel.part, 64), True))
     tiles = []
     for rows, warps in _SIZES:
@@ -164,196 +180,4 @@ def _seconds(kernel: Rows, tile: RowsTile, m: int, outputs: int, inputs: int, de
     waves = programs / (device.multiprocessors * active)
     # Programs are short and many, so that the last wave is seldom a whole one: half of its rounding up.
     rounds = max(1.0, (waves + math.ceil(waves)) / 2)
-    return rounds * (step * _EXPECTED_DENSITY * inputs / tile.step + 3e-6)
-
-
-def parameters(kernel: Rows, tile: RowsTile) -> list[str]:
-    """Names of what the kernel takes, in order; a tile with descriptors takes those of `x` and `weight`."""
-    given = ["x", "weight", *["bias"] * kernel.bias, "offsets", "indices", "order", "y", *["z"] * kernel.keeps_z]
-    return given + ["m", "outputs", "inputs"] + ["x_stride", "weight_stride"] * (not tile.descriptors)
-
-
-def source(kernel: Rows, tile: RowsTile) -> str:
-    """The text of a module with the kernel, `rows_product`, which runs on `blocks * ceil(m / rows)` programs.
-
-    Raises ValueError for a tile with descriptors that would have to gather.
-    """
-    chunk = min(tile.step, kernel.part)
-    if tile.descriptors and tile.step > chunk:
-        raise ValueError(f"a descriptor loads at most {kernel.part} columns of such a block, not {tile.step}")
-    constants = {
-        "BLOCK_OUT": (kernel.outputs, "output columns of a block"),
-        "BLOCK_IN": (kernel.inputs, "input columns of a block"),
-        "ROWS": (tile.rows, "rows of x in a tile"),
-        "COLUMNS": (kernel.columns, "output columns in a tile"),
-        "STEP": (tile.step, "input columns in one iteration"),
-        "CHUNK": (chunk, "input columns that lie side by side"),
-        "PARTS": (kernel.inputs // chunk, "chunks in a block"),
-        "GROUP": (tile.group, "row tiles that share the second-level cache"),
-    }
-    bases, loads = ("", _descriptor_loads(kernel)) if tile.descriptors else _pointer_loads(kernel, tile.step > chunk)
-    first, following, stride = _PACKED if tile.step > chunk else _SINGLE
-    body = f"""
-
-@triton.jit(do_not_specialize=["m"])
-def rows_product({", ".join(parameters(kernel, tile))}):
-    # Which tile: groups of row tiles; within a group, output blocks from the longest list to the shortest.
-    program = tl.program_id(0)
-    blocks = (outputs + BLOCK_OUT - 1) // BLOCK_OUT
-    first_tile = program // (GROUP * blocks) * GROUP
-    size = tl.minimum((m + ROWS - 1) // ROWS - first_tile, GROUP)
-    place = program % (GROUP * blocks)
-    r = tl.load(order + place // size)
-    row = (first_tile + place % size) * ROWS
-    rows = tl.arange(0, ROWS)
-    columns = r * BLOCK_OUT + tl.arange(0, COLUMNS)
-    start = tl.load(offsets + r)
-    chunks = (tl.load(offsets + r + 1) - start) * PARTS
-    indices += start
-{bases}{first}
-    acc = tl.full(({"COLUMNS, ROWS" if tile.swap else "ROWS, COLUMNS"}), 0.0, tl.float32)
-    for chunk in range(0, chunks{stride}):
-{loads}
-        acc = {_product(kernel, tile)}
-        # The next column, now: the loads of later iterations are then free to start early.
-{following}
-{_epilogue(kernel, tile)}"""
-    named = "".join(
-        f"{name} = tl.constexpr({value})  # {what}\n"
-        for name, (value, what) in constants.items()
-        if re.search(rf"\b{name}\b", body)
-    )
-    role = "forward" if kernel.transposed else "input gradient"
-    return f'''"""Block-sparse linear, {role}, {DTYPES[kernel.dtype]}, activation {kernel.activation}.
-
-Blocks of {kernel.outputs} x {kernel.inputs} (columns of the output x of the input).
-Made for {tile.warps} warps and {tile.stages} stages. Generated; kept for whoever wants to read it.
-"""
-
-import triton
-import triton.language as tl
-
-{named}{body}'''
-
-
-_SINGLE = (
-    "    column = tl.load(indices, mask=chunks > 0, other=0) * BLOCK_IN",
-    """\
-        following = chunk + 1
-        column = tl.load(indices + following // PARTS, mask=following < chunks, other=0) * BLOCK_IN
-        column += following % PARTS * CHUNK""",
-    "",
-)
-
-# Several blocks in one iteration: the columns of each lane, or `inputs` and beyond where the list has ended.
-_PACKED = (
-    """\
-    lane = tl.arange(0, STEP)
-    mine = lane // CHUNK
-    column = tl.load(indices + mine // PARTS, mask=mine < chunks, other=inputs) * BLOCK_IN
-    column += mine % PARTS * CHUNK + lane % CHUNK""",
-    """\
-        following = chunk + STEP // CHUNK + mine
-        column = tl.load(indices + following // PARTS, mask=following < chunks, other=inputs) * BLOCK_IN
-        column += following % PARTS * CHUNK + lane % CHUNK""",
-    ", STEP // CHUNK",
-)
-
-
-def _descriptor_loads(kernel: Rows) -> str:
-    place = "r * BLOCK_OUT, column" if kernel.transposed else "column, r * BLOCK_OUT"
-    return f"        x_part = x.load([row, column])\n        w_part = weight.load([{place}])"
-
-
-def _pointer_loads(kernel: Rows, packed: bool) -> tuple[str, str]:
-    """What is computed before the loop, and the loads in it. Offsets inside a tile fit 32 bits, those of tiles may not.
-
-    Rows past the end read the last one, since what they add is not stored. Columns past the end of the input are masked
-    in both operands: they would be summed.
-    """
-    before = ["x += row.to(tl.int64) * x_stride", "x_rows = tl.minimum(rows, m - 1 - row) * x_stride"]
-    loop = []
-    if packed or kernel.partial:
-        loop = [f"near = {'column' if packed else 'column + lane'} < inputs"]
-    x_mask = ["near[None, :]"] * len(loop)
-    w_mask = ["near[None, :]" if kernel.transposed else "near[:, None]"] * len(loop)
-    if not packed:
-        before += ["lane = tl.arange(0, CHUNK)", "x_tile = x_rows[:, None] + lane[None, :]"]
-    if kernel.transposed:
-        before += [
-            "weight += (r * BLOCK_OUT).to(tl.int64) * weight_stride",
-            "w_rows = tl.minimum(tl.arange(0, COLUMNS), outputs - 1 - r * BLOCK_OUT) * weight_stride",
-        ]
-    else:
-        w_mask.append("(columns < outputs)[None, :]")
-    if packed:
-        x = "x + (x_rows[:, None] + column[None, :])"
-        if kernel.transposed:
-            weight = "weight + (w_rows[:, None] + column[None, :])"
-        else:
-            loop.append("w_rows = column.to(tl.int64) * weight_stride")
-            weight = "weight + (w_rows[:, None] + columns[None, :])"
-    else:
-        x = "x + column + x_tile"
-        if kernel.transposed:
-            before.append("w_tile = w_rows[:, None] + lane[None, :]")
-            weight = "weight + column + w_tile"
-        else:
-            before.append("w_tile = (lane * weight_stride)[:, None] + columns[None, :]")
-            weight = "weight + column.to(tl.int64) * weight_stride + w_tile"
-    loop += [f"{name}_mask = {' & '.join(mask)}" for name, mask in (("x", x_mask), ("w", w_mask)) if mask]
-    loop.append(f"x_part = tl.load({x}{', mask=x_mask, other=0.0' if x_mask else ''})")
-    loop.append(f"w_part = tl.load({weight}{', mask=w_mask, other=0.0' if w_mask else ''})")
-    return "".join(f"    {line}\n" for line in before), "\n".join(f"        {line}" for line in loop)
-
-
-def _product(kernel: Rows, tile: RowsTile) -> str:
-    precision = f', input_precision="{kernel.precision}"' if kernel.dtype == torch.float32 else ""
-    if tile.swap:
-        weight = "w_part" if kernel.transposed else "tl.trans(w_part)"
-        return f"tl.dot({weight}, tl.trans(x_part), acc{precision})"
-    weight = "tl.trans(w_part)" if kernel.transposed else "w_part"
-    return f"tl.dot(x_part, {weight}, acc{precision})"
-
-
-def _epilogue(kernel: Rows, tile: RowsTile) -> str:
-    """Bias, activation and stores; of many sums per thread, half by half, which takes half the registers."""
-    halves = tile.rows * kernel.columns > 64 * 32 * tile.warps
-    lines = []
-    if halves:
-        shape, half = ("COLUMNS, 2, ROWS // 2", "rows") if tile.swap else ("ROWS, 2, COLUMNS // 2", "columns")
-        lines += [f"acc, last = tl.split(tl.permute(tl.reshape(acc, ({shape})), (0, 2, 1)))"]
-        lines += [f"{half} = {_HALF[half].format('')}", *_store(kernel, tile)]
-        lines += ["acc = last", f"{half} = {_HALF[half].format(half.upper() + ' // 2 + ')}"]
-    lines += _store(kernel, tile)
-    return "".join(f"    {line}\n" for line in lines)
-
-
-_HALF = {
-    "rows": "{}tl.arange(0, ROWS // 2)",
-    "columns": "r * BLOCK_OUT + {}tl.arange(0, COLUMNS // 2)",
-}
-
-
-def _store(kernel: Rows, tile: RowsTile) -> list[str]:
-    lines = ["acc = tl.trans(acc)"] * tile.swap
-    if kernel.bias:
-        lines += ["acc += tl.load(bias + columns, mask=columns < outputs, other=0.0).to(tl.float32)[None, :]"]
-    lines += [
-        "inside = (rows < m - row)[:, None] & (columns < tl.minimum(outputs, (r + 1) * BLOCK_OUT))[None, :]",
-        "entries = rows[:, None] * outputs + columns[None, :]",
-        "base = row.to(tl.int64) * outputs",
-    ]
-    if kernel.keeps_z:
-        lines += ["tl.store(z + base + entries, acc.to(z.dtype.element_ty), mask=inside)"]
-    lines += _ACTIVATIONS[kernel.activation]
-    return [*lines, "tl.store(y + base + entries, acc.to(y.dtype.element_ty), mask=inside)"]
-
-
-_ACTIVATIONS = {
-    "none": [],
-    "relu": ["acc = tl.where(acc < 0, 0.0, acc)"],
-    "gelu": ["acc = 0.5 * acc * (1 + tl.erf(acc * 0.7071067811865476))"],
-    # 0.5 z (1 + tanh u) with u = sqrt(2 / pi) (z + 0.044715 z^3), as z / (1 + exp(-2 u)), which loses no digits.
-    "gelu_tanh": ["acc = acc / (1 + tl.exp(-1.5957691216057308 * (acc + 0.044715 * acc * acc * acc)))"],
-}
+    return rounds * (step * _EXPECTED_DENSITY * kernel.summed(inputs) / tile.step + 3e-6)

@@ -40,7 +40,10 @@ _WORTH_TUNING = 2**27  # FLOPs of the dense product: a smaller one takes less ti
 
 @dataclass(frozen=True)
 class Case:
-    """What a choice is made for; `m` is a power of 2."""
+    """What a choice is made for; `m` is a power of 2.
+
+    Of a convolution, `m` pixels, and `size` is the spatial size of its input in powers of 2.
+    """
 
     kernel: Rows | Wgrad
     m: int
@@ -48,6 +51,7 @@ class Case:
     inputs: int
     aligned: bool
     device: torch.device
+    size: tuple[int, ...] = ()
 
     @functools.cached_property
     def candidates(self) -> Sequence[Tile]:
@@ -76,17 +80,29 @@ class Choice:
     crossover: float
 
 
-@overload
-def choose(kernel: Rows, m: int, outputs: int, inputs: int, aligned: bool, device: torch.device) -> RowsTile: ...
+Size = tuple[int, ...]
 
 
 @overload
-def choose(kernel: Wgrad, m: int, outputs: int, inputs: int, aligned: bool, device: torch.device) -> WgradTile: ...
+def choose(
+    kernel: Rows, m: int, outputs: int, inputs: int, aligned: bool, device: torch.device, size: Size = ()
+) -> RowsTile: ...
 
 
-def choose(kernel: Rows | Wgrad, m: int, outputs: int, inputs: int, aligned: bool, device: torch.device) -> Tile:
-    """The tile for a call with `m` rows. Raises KernelBuildError when no candidate runs."""
-    return _choice(_case(kernel, m, outputs, inputs, aligned, device)).tile
+@overload
+def choose(
+    kernel: Wgrad, m: int, outputs: int, inputs: int, aligned: bool, device: torch.device, size: Size = ()
+) -> WgradTile: ...
+
+
+def choose(
+    kernel: Rows | Wgrad, m: int, outputs: int, inputs: int, aligned: bool, device: torch.device, size: Size = ()
+) -> Tile:
+    """The tile for a call with `m` rows; of a convolution, whose input has this spatial `size`, `m` pixels.
+
+    Raises KernelBuildError when no candidate runs.
+    """
+    return _choice(_case(kernel, m, outputs, inputs, aligned, device, size)).tile
 
 
 def crossover(kernel: Rows | Wgrad, m: int, outputs: int, inputs: int, device: torch.device) -> float:
@@ -130,11 +146,17 @@ def _crossover(low: float, high: float, dense: float) -> float:
 
 
 @functools.cache
-def _case(kernel: Rows | Wgrad, m: int, outputs: int, inputs: int, aligned: bool, device: torch.device) -> Case:
+def _case(
+    kernel: Rows | Wgrad, m: int, outputs: int, inputs: int, aligned: bool, device: torch.device, size: Size = ()
+) -> Case:
     """One case for all that a tile does not depend on."""
     if isinstance(kernel, Rows):
         kernel = dataclasses.replace(kernel, activation="none", bias=False)
-    return Case(kernel, 1 << max(m.bit_length() - 1, 0), outputs, inputs, aligned, device)
+    return Case(kernel, _power_of_2(m), outputs, inputs, aligned, device, tuple(map(_power_of_2, size)))
+
+
+def _power_of_2(number: int) -> int:
+    return 1 << max(number.bit_length() - 1, 0)
 
 
 _known: dict[Case, Choice] = {}

@@ -1,7 +1,7 @@
 """Triton for the weight gradient of active blocks, `g[r, c] = grad_z[:, block r].T @ x[:, block c]`, and what it tells.
 
-A block row's columns are taken in slots: first the listed blocks, then the masked ones. One program has `group`
-consecutive slots. Listed blocks it multiplies together, so that grad_z's strip is read once for all of them; masked
+A block row's columns are taken in slots: first the listed blocks, then the masked ones; of a convolution, each block
+once per tap, which is a product with other rows of x (`triton_window`). One program has `group` consecutive slots. Listed blocks it multiplies together, so that grad_z's strip is read once for all of them; masked
 ones it fills with zeros. So every entry is written once, no memory is cleared beforehand, and at any density the
 programs share both kinds of work without a list of masked blocks. Probed blocks have programs of their own.
 
@@ -19,6 +19,7 @@ import torch
 
 from .triton_device import Device, shortlist
 from .triton_rows import DTYPES
+from .triton_window import Walk
 from .triton_wgrad_text import (
     ADD_SIGNALS,
     FINISH,
@@ -32,6 +33,7 @@ from .triton_wgrad_text import (
     WHOLE,
     ZERO,
 )
+from .window import Window
 
 FINISH_PARAMETERS = (
     "partials", "weight", "offsets", "indices", "probes", "grad_weight", "signals", "outputs", "inputs", "probed",
@@ -39,6 +41,7 @@ FINISH_PARAMETERS = (
 )  # fmt: skip
 _EXPECTED_DENSITY = 0.4  # for the model that ranks tiles
 _SPLITS = (1, 2, 4, 8, 16)
+_SPLITS_OF_PIXELS = (*_SPLITS, 32, 64)  # many of them, for few channels
 
 
 @dataclass(frozen=True)
@@ -49,12 +52,24 @@ class Wgrad:
     inputs: int  # side of a block along the input's columns
     dtype: torch.dtype
     precision: str = "ieee"  # of products of float32: ieee or tf32
+    taps: tuple[int, ...] = ()  # of a convolution, for each spatial dimension
+    window: Window = Window()
+    wide: bool = False  # places in x do not fit 32 bits: of a convolution, whose tiles have no base
+
+    @property
+    def walk(self) -> Walk | None:
+        """How a convolution's taps are walked."""
+        return Walk(self.taps, self.window) if self.taps else None
+
+    def slots(self, inputs: int) -> int:
+        """How many slots a block row has, of a weight with so many input columns."""
+        return -(-inputs // self.inputs) * math.prod(self.taps)
 
     @property
     def name(self) -> str:
         """Begins the file name."""
         types = DTYPES[self.dtype] + ("_tf32" if self.precision == "tf32" else "")
-        return f"linear_wgrad_{self.outputs}x{self.inputs}_{types}"
+        return f"{self.walk.name if self.walk else 'linear'}_wgrad_{self.outputs}x{self.inputs}_{types}"
 
     @property
     def sides(self) -> tuple[int, int]:
@@ -122,17 +137,17 @@ def _tiles(kernel: Wgrad, m: int, inputs: int, device: Device) -> list[WgradTile
     """Every tile worth a thought for the block and the type, whether it fits or not."""
     into = kernel.sides[1]
     half = kernel.dtype != torch.float32
-    columns = -(-inputs // kernel.inputs)
+    slots = kernel.slots(inputs // kernel.window.groups)
     tiles = []
     for width in (64, 128, 256) if half else (32, 64):
-        group = min(max(1, width // into), 1 << (columns - 1).bit_length())
+        group = min(max(1, width // into), 1 << (slots - 1).bit_length())
         for warps in (4, 8):
             rows, stages = (64, 4 if device.warp_group_products else 3) if half else (16, 3)
             tile = WgradTile(rows, group, warps, stages)
             # One descriptor loads the columns of one block, and each block has sums of its own.
-            with_descriptors = half and device.descriptors and into >= 64 and group <= 4
+            with_descriptors = half and device.descriptors and into >= 64 and group <= 4 and not kernel.walk
             for way in (True, False) if with_descriptors else (False,):
-                for splits in _SPLITS:
+                for splits in _SPLITS if not kernel.walk else _SPLITS_OF_PIXELS:
                     if splits == 1 or m >= 256 * splits:
                         tiles.append(replace(tile, descriptors=way, splits=splits))
     return list(dict.fromkeys(tiles))
@@ -149,8 +164,9 @@ def _resident(kernel: Wgrad, tile: WgradTile, device: Device) -> int:
 def _seconds(kernel: Wgrad, tile: WgradTile, m: int, outputs: int, inputs: int, device: Device) -> float:
     """What the tile would take if nothing but products, the second-level cache and waiting cost anything."""
     out, into = kernel.sides
-    rows, columns = -(-outputs // kernel.outputs), -(-inputs // kernel.inputs)
-    programs = rows * -(-math.ceil(_EXPECTED_DENSITY * columns) // tile.group) * tile.splits
+    inputs //= kernel.window.groups
+    rows, slots = -(-outputs // kernel.outputs), kernel.slots(inputs)
+    programs = rows * -(-math.ceil(_EXPECTED_DENSITY * slots) // tile.group) * tile.splits
     active = min(_resident(kernel, tile, device), -(-programs // device.multiprocessors))
     across = into if tile.descriptors else into * tile.group
     side, across = (across, out) if kernel.swapped else (out, across)
@@ -167,15 +183,17 @@ def _seconds(kernel: Wgrad, tile: WgradTile, m: int, outputs: int, inputs: int, 
     steps = -(-m // (tile.rows * tile.splits))
     # Programs are short and many, so that the last wave is seldom a whole one: half of its rounding up.
     rounds = max(1.0, (waves + math.ceil(waves)) / 2)
-    scratch = (tile.splits > 1) * (6e-6 + 2 * 4 * tile.splits * _EXPECTED_DENSITY * outputs * inputs / 2e12)
+    entries = outputs * inputs * math.prod(kernel.taps)
+    scratch = (tile.splits > 1) * (6e-6 + 2 * 4 * tile.splits * _EXPECTED_DENSITY * entries / 2e12)
     return rounds * (step * steps + 4e-6) + scratch
 
 
-def parameters(tile: WgradTile) -> list[str]:
+def parameters(kernel: Wgrad, tile: WgradTile) -> list[str]:
     """Names of what the kernel takes, in order; a tile with descriptors takes those of `grad_z` and `x`."""
     given = ["grad_z", "x", "offsets", "indices", "probes"]
     given += ["partials"] if tile.splits > 1 else ["weight", "grad_weight", "signals"]
-    given += ["m", "outputs", "inputs", "probed"] + ["splits"] * (tile.splits > 1)
+    given += kernel.walk.parameters if kernel.walk else ["m"]
+    given += ["outputs", "inputs", "probed"] + ["splits"] * (tile.splits > 1)
     given += ["grad_z_stride", "x_stride"] * (not tile.descriptors)
     return given + ["weight_stride"] * (tile.splits == 1)
 
@@ -183,7 +201,7 @@ def parameters(tile: WgradTile) -> list[str]:
 def source(kernel: Wgrad, tile: WgradTile) -> str:
     """The text of a module with the kernel, `weight_gradient`, and, for split rows, `finish`.
 
-    It runs on `probed + block_rows * ceil(block_columns / group)` programs, by `splits`; `finish` on one per block.
+    It runs on `programs` by `splits`, `finish` on one program per block by one per tap.
     """
     out, into = kernel.sides
     constants = {
@@ -195,32 +213,36 @@ def source(kernel: Wgrad, tile: WgradTile) -> str:
         "HALF": (tile.group // 2, "blocks whose gradients are stored together"),
         "ROWS": (tile.rows, "rows of x and grad_z in one iteration"),
         "SCAN": (128, "entries of a list that are looked at together"),
+        "TAPS": (math.prod(kernel.taps), "of a convolution's window, each of them a slot; 1 for a linear"),
+        "PER_PROBE": (-(-math.prod(kernel.taps) // tile.group), "programs of a probe"),
     }
-    split = tile.splits > 1
+    split, walk = tile.splits > 1, kernel.walk
+    counts = [*(walk.parameters if walk else ["m"]), "probed", *["splits"] * split]
     body = f"""
-@triton.jit(do_not_specialize=["m", "probed"{', "splits"' * split}])
+@triton.jit(do_not_specialize=[{", ".join(f'"{name}"' for name in counts)}])
 def weight_gradient(
-{textwrap.fill(", ".join(parameters(tile)), 112, initial_indent="    ", subsequent_indent="    ")}
+{textwrap.fill(", ".join(parameters(kernel, tile)), 112, initial_indent="    ", subsequent_indent="    ")}
 ):
-    # Which slots: those of a probe, or a group of a block row's.
+{_images(kernel)}    # Which slots: those of a probe, or a group of a block row's.
     block_columns = (inputs + BLOCK_IN - 1) // BLOCK_IN
-    groups = (block_columns + GROUP - 1) // GROUP
+    per_row = (block_columns * TAPS + GROUP - 1) // GROUP
     program = tl.program_id(0)
-    is_probe = program < probed
-    probe = tl.load(probes + program, mask=is_probe, other=0)
+    kept = program >= probed * PER_PROBE
+    is_probe = program < probed * PER_PROBE
+    probe = tl.load(probes + program // PER_PROBE, mask=is_probe, other=0)
     if probe < 0:
         return
-    r = tl.where(is_probe, probe // block_columns, (program - probed) // groups)
-    first = tl.where(is_probe, 0, (program - probed) % groups * GROUP)
+    r = tl.where(is_probe, probe // block_columns, (program - probed * PER_PROBE) // per_row)
+    first = tl.where(is_probe, program % PER_PROBE, (program - probed * PER_PROBE) % per_row) * GROUP
     start = tl.load(offsets + r)
     length = tl.where(is_probe, 0, tl.load(offsets + r + 1) - start)
     indices += start
     output = r * BLOCK_OUT + tl.arange(0, OUT)
     inside = output < tl.minimum(outputs, (r + 1) * BLOCK_OUT)
-    output_at = output.to(tl.int64) * inputs
+    output_at = output.to(tl.int64) * inputs * TAPS
 {"" if split else ZERO}
     # The products of the listed ones.
-    if first >= tl.where(is_probe, 1, length):
+    if first >= tl.where(is_probe, 1, length) * TAPS:
         return
     probed_block = tl.where(is_probe, probe % block_columns, block_columns)
 {SPLIT if split else WHOLE}"""
@@ -237,9 +259,10 @@ def weight_gradient(
         for name, (value, what) in constants.items()
         if re.search(rf"\b{name}\b", body)
     )
-    return f'''"""Block-sparse linear, weight gradient, {DTYPES[kernel.dtype]}.
+    return f'''"""Block-sparse {"convolution" if walk else "linear"}, weight gradient, {DTYPES[kernel.dtype]}.
 
 Blocks of {kernel.outputs} x {kernel.inputs} (columns of the output x of the input).
+{walk.description if walk else ""}\
 Made for {tile.warps} warps and {tile.stages} stages. Generated; kept for whoever wants to read it.
 """
 
@@ -250,26 +273,47 @@ import triton.language as tl
 {body}'''
 
 
+def programs(kernel: Wgrad, tile: WgradTile, outputs: int, inputs: int, probed: int) -> int:
+    """How many programs there are on the first axis, for a weight of so many columns and so many probes."""
+    slots = kernel.slots(inputs)
+    return probed * -(-math.prod(kernel.taps) // tile.group) + -(-outputs // kernel.outputs) * -(-slots // tile.group)
+
+
+def _images(kernel: Wgrad) -> str:
+    lines = kernel.walk.begin() if kernel.walk else []
+    lines += ["x_stride = tl.cast(x_stride, tl.int64)"] * kernel.wide
+    return "".join(f"    {line}\n" for line in lines)
+
+
 def _pointer_sums(kernel: Wgrad, split: bool) -> str:
     """All blocks of the program in one product, their columns gathered."""
-    moved = (
-        "    grad_z += row_first.to(tl.int64) * grad_z_stride\n    x += row_first.to(tl.int64) * x_stride\n"
-        if split
-        else ""
-    )
-    return f"""\
-{_columns("GROUP", kernel)}    rows = tl.arange(0, ROWS)
-    z_tile = (rows * grad_z_stride)[:, None] + output[None, :]
-    x_tile = (rows * x_stride)[:, None] + column[None, :]
-{moved}    acc = tl.full(({"GROUP * IN, OUT" if kernel.swapped else "OUT, GROUP * IN"}), 0.0, tl.float32)
-    for row in range(row_first, row_last, ROWS):
-        left = (rows < row_last - row)[:, None]
-        z_part = tl.load(grad_z + z_tile, mask=left & inside[None, :], other=0.0)
-        x_part = tl.load(x + x_tile, mask=left & near[None, :], other=0.0)
-        acc = {_product(kernel, "acc", "x_part")}
-        grad_z += ROWS * grad_z_stride
-        x += ROWS * x_stride
-"""
+    walk = kernel.walk
+    lines = ["rows = tl.arange(0, ROWS)", "z_tile = (rows * grad_z_stride)[:, None] + output[None, :]"]
+    lines += ["grad_z += row_first.to(tl.int64) * grad_z_stride"] * split
+    x_mask = ["left", "near[None, :]"]
+    if walk:
+        lines += [*walk.tap("slot"), "x_column = move * x_stride + column", *walk.enter("row_first", "ROWS")]
+        if kernel.window.groups > 1:
+            lines += ["x += r // (outputs // BLOCK_OUT // groups) * inputs"]
+        from_, x, following = walk.rows(), "x + (x_rows[:, None] + x_column[None, :])", walk.advance()
+        x_mask += walk.seen(vectors=True)
+    else:
+        lines += ["x_tile = (rows * x_stride)[:, None] + column[None, :]"]
+        lines += ["x += row_first.to(tl.int64) * x_stride"] * split
+        from_, x, following = [], "x + x_tile", ["x += ROWS * x_stride"]
+    lines += [f"acc = tl.full(({'GROUP * IN, OUT' if kernel.swapped else 'OUT, GROUP * IN'}), 0.0, tl.float32)"]
+    loop = [
+        "left = (rows < row_last - row)[:, None]",
+        *from_,
+        "z_part = tl.load(grad_z + z_tile, mask=left & inside[None, :], other=0.0)",
+        f"x_part = tl.load({x}, mask={' & '.join(x_mask)}, other=0.0)",
+        f"acc = {_product(kernel, 'acc', 'x_part')}",
+        "grad_z += ROWS * grad_z_stride",
+        *following,
+    ]
+    before = "".join(f"    {line}\n" for line in lines)
+    inside = "".join(f"        {line}\n" for line in loop)
+    return f"{_columns('GROUP', kernel)}{before}    for row in range(row_first, row_last, ROWS):\n{inside}"
 
 
 def _columns(width: str, kernel: Wgrad) -> str:
@@ -277,7 +321,9 @@ def _columns(width: str, kernel: Wgrad) -> str:
     neighbours and begin at a multiple."""
     return f"""\
     lane = tl.arange(0, {width} * IN)
-    block = block_of(indices, first + lane // IN, length, probed_block, block_columns)
+    slot = first + lane // IN
+    tap = slot % TAPS
+    block = block_of(indices, slot // TAPS, length, probed_block, block_columns)
     column = tl.max_contiguous(tl.multiple_of(block * BLOCK_IN + lane % IN, {kernel.inputs & -kernel.inputs}), IN)
     near = (lane % IN < BLOCK_IN) & (column < inputs)
 """
@@ -333,7 +379,7 @@ def _store_blocks(kernel: Wgrad, tile: WgradTile) -> str:
         for half in range(1 + halves):
             lane = ("tl.arange(0, IN // 2)", "IN // 2 + tl.arange(0, IN // 2)")[half] if halves else "tl.arange(0, IN)"
             text += "    acc = last\n" if half else ""
-            text += f"    lane = {lane}\n    column = column_{share} + lane\n"
+            text += f"    lane = {lane}\n    column = column_{share} + lane\n    tap = 0\n"
             text += "    near = (lane < BLOCK_IN) & (column < inputs)\n"
             text += STORE_SPLIT if split else STORE + ADD_SIGNALS.replace("WIDTH", "IN // 2" if halves else "IN")
         text += "" if split else SIGNALS_OF_BLOCK.format(share)

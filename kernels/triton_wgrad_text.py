@@ -35,16 +35,20 @@ def probes_of(probes, probed, block):
 ZERO = """
     # Zeros for the masked ones among them.
     blocks = (outputs + BLOCK_OUT - 1) // BLOCK_OUT * block_columns
-    for slot in range(tl.maximum(first, length), tl.where(is_probe, 0, tl.minimum(first + GROUP, block_columns))):
-        block = masked_block(indices, length, slot - length)
+    last = tl.where(is_probe, 0, tl.minimum(first + GROUP, block_columns * TAPS))
+    for slot in range(tl.maximum(first, length * TAPS), last):
+        masked = slot - length * TAPS
+        block = masked_block(indices, length, masked // TAPS)
+        tap = masked % TAPS
         column = block * BLOCK_IN + tl.arange(0, IN)
         mask = inside[:, None] & (column < tl.minimum(inputs, (block + 1) * BLOCK_IN))[None, :]
         zero = tl.full((OUT, IN), 0.0, grad_weight.dtype.element_ty)
-        tl.store(grad_weight + (output_at[:, None] + column[None, :]), zero, mask=mask)
+        tl.store(grad_weight + (output_at[:, None] + (column * TAPS + tap)[None, :]), zero, mask=mask)
         at = r * block_columns + block
-        tl.store(signals + at, 0.0)
+        of_tap = signals + tap * 2 * blocks
+        tl.store(of_tap + at, 0.0)
         # The squares of a probed block are its probe's to write.
-        tl.store(signals + blocks + at, 0.0, mask=probes_of(probes, probed, at) == 0)
+        tl.store(of_tap + blocks + at, 0.0, mask=probes_of(probes, probed, at) == 0)
 """
 
 WHOLE = """\
@@ -60,14 +64,14 @@ SPLIT = """\
 
 STORE_SPLIT = """\
     mask = inside[:, None] & near[None, :]
-    place = tl.program_id(1).to(tl.int64) * outputs * inputs
-    tl.store(partials + place + (output_at[:, None] + column[None, :]), acc, mask=mask)
+    place = tl.program_id(1).to(tl.int64) * outputs * inputs * TAPS
+    tl.store(partials + place + (output_at[:, None] + (tap * inputs + column)[None, :]), acc, mask=mask)
 """
 
 STORE_HELPER = """
 
 @triton.jit
-def store(acc, column, near, output, inside, kept, weight, grad_weight, inputs, weight_stride):
+def store(acc, column, near, output, inside, kept, weight, grad_weight, width, weight_stride):
     # Stores the gradient's columns, and returns the sums of each one's products with the weight and of its squares.
     mask = inside[:, None] & near[None, :]
     acc = tl.where(mask, acc, 0.0)
@@ -77,7 +81,7 @@ def store(acc, column, near, output, inside, kept, weight, grad_weight, inputs, 
     weight_at = output.to(tl.int64) * weight_stride
     w = tl.load(weight + (weight_at[:, None] + column[None, :]), mask=mask, other=0.0)
     products = tl.sum(w.to(tl.float32) * acc, 0)
-    output_at = output.to(tl.int64) * inputs
+    output_at = output.to(tl.int64) * width
     tl.store(grad_weight + (output_at[:, None] + column[None, :]), acc.to(grad_weight.dtype.element_ty), mask=mask)
     return products, squares
 
@@ -85,16 +89,16 @@ def store(acc, column, near, output, inside, kept, weight, grad_weight, inputs, 
 
 STORE = """\
     products, squares = store(
-        acc, column, near, output, inside, program >= probed, weight, grad_weight, inputs, weight_stride
+        acc, column * TAPS + tap, near, output, inside, kept, weight, grad_weight, inputs * TAPS, weight_stride
     )
 """
 
 SIGNALS_OF_GROUP = """\
     slot = first + tl.arange(0, GROUP)
-    block = block_of(indices, slot, length, probed_block, block_columns)
-    at = r * block_columns + block
+    block = block_of(indices, slot // TAPS, length, probed_block, block_columns)
+    at = slot % TAPS * 2 * blocks + r * block_columns + block
     listed = block < block_columns
-    tl.store(signals + at, tl.sum(tl.reshape(products, (GROUP, IN)), 1), mask=listed & (program >= probed))
+    tl.store(signals + at, tl.sum(tl.reshape(products, (GROUP, IN)), 1), mask=listed & kept)
     tl.store(signals + blocks + at, tl.sum(tl.reshape(squares, (GROUP, IN)), 1), mask=listed)
 """
 
@@ -105,7 +109,7 @@ ADD_SIGNALS = """\
 
 SIGNALS_OF_BLOCK = """\
     at = r * block_columns + column_{0} // BLOCK_IN + tl.arange(0, 1)
-    tl.store(signals + at, product, mask=(column_{0} < inputs) & (program >= probed))
+    tl.store(signals + at, product, mask=(column_{0} < inputs) & kept)
     tl.store(signals + blocks + at, square, mask=column_{0} < inputs)
 """
 
@@ -115,11 +119,12 @@ FINISH = """
 def finish(
     $PARAMETERS
 ):
-    # One slot of a block row: adds what the splits left, rounds it once, and tells what it was.
+    # One tap of one block of a row: adds what the splits left, rounds it once, and tells what it was.
     block_columns = (inputs + BLOCK_IN - 1) // BLOCK_IN
     blocks = (outputs + BLOCK_OUT - 1) // BLOCK_OUT * block_columns
     r = tl.program_id(0) // block_columns
     slot = tl.program_id(0) % block_columns
+    tap = tl.program_id(1)
     start = tl.load(offsets + r)
     length = tl.load(offsets + r + 1) - start
     active = slot < length
@@ -132,16 +137,19 @@ def finish(
     column = block * BLOCK_IN + tl.arange(0, IN)
     inside = output < tl.minimum(outputs, (r + 1) * BLOCK_OUT)
     mask = inside[:, None] & (column < tl.minimum(inputs, (block + 1) * BLOCK_IN))[None, :]
-    entries = (output.to(tl.int64) * inputs)[:, None] + column[None, :]
-    stride = tl.cast(outputs, tl.int64) * inputs
+    output_at = (output.to(tl.int64) * inputs * TAPS)[:, None]
+    entries = output_at + (tap * inputs + column)[None, :]
+    stride = tl.cast(outputs, tl.int64) * inputs * TAPS
     acc = tl.full((OUT, IN), 0.0, tl.float32)
     for _ in range(0, tl.where(measured, splits, 0)):
         acc += tl.load(partials + entries, mask=mask, other=0.0)
         partials += stride
     weight_at = output.to(tl.int64) * weight_stride
-    w = tl.load(weight + (weight_at[:, None] + column[None, :]), mask=mask & active, other=0.0)
+    place = (column * TAPS + tap)[None, :]
+    w = tl.load(weight + (weight_at[:, None] + place), mask=mask & active, other=0.0)
     kept = tl.where(active, acc, 0.0)
-    tl.store(grad_weight + entries, kept.to(grad_weight.dtype.element_ty), mask=mask)
+    tl.store(grad_weight + (output_at + place), kept.to(grad_weight.dtype.element_ty), mask=mask)
+    signals += tap * 2 * blocks
     tl.store(signals + at, tl.sum(tl.sum(w.to(tl.float32) * acc, 0), 0))
     tl.store(signals + blocks + at, tl.sum(tl.sum(acc * acc, 0), 0))
 """

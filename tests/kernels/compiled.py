@@ -11,13 +11,14 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from ctrlcompile.kernels import triton_build, triton_rows, triton_wgrad
+from ctrlcompile.kernels import triton_build, triton_rows_text, triton_wgrad
 from ctrlcompile.kernels.triton_device import Device
 from ctrlcompile.kernels.triton_rows import Rows, RowsTile
 from ctrlcompile.kernels.triton_wgrad import Wgrad, WgradTile
 
 _TYPES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
-_INTEGERS = ("m", "outputs", "inputs", "probed", "splits", "grad_z_stride", "x_stride", "weight_stride")
+_COUNTS = ("m", "probed", "splits", "images", "groups")
+_INTEGERS = ("outputs", "inputs", "grad_z_stride", "x_stride", "weight_stride")
 _LISTS = ("offsets", "indices", "order", "probes")
 _FLOATS = ("bias", "signals", "partials")
 _BINARIES = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -39,19 +40,20 @@ def compile_kernel(kernel: Rows | Wgrad, tile: RowsTile | WgradTile, device: Dev
     element = _TYPES[kernel.dtype]
     boxes = {}
     if isinstance(kernel, Rows):
-        module = triton_build.load(f"{kernel.name}_{tile.name}", triton_rows.source(kernel, tile))
+        module = triton_build.load(f"{kernel.name}_{tile.name}", triton_rows_text.source(kernel, tile))
         function = module.rows_product
-        names = triton_rows.parameters(kernel, tile)
+        names = triton_rows_text.parameters(kernel, tile)
         weight = (kernel.columns, tile.step) if kernel.transposed else (tile.step, kernel.columns)
         boxes = {"x": (tile.rows, tile.step), "weight": weight}
     else:
         module = triton_build.load(f"{kernel.name}_{tile.name}", triton_wgrad.source(kernel, tile))
         function = module.weight_gradient
-        names = triton_wgrad.parameters(tile)
+        names = triton_wgrad.parameters(kernel, tile)
         boxes = {"grad_z": (tile.rows, kernel.sides[0]), "x": (tile.rows, kernel.sides[1])}
+    sizes = kernel.walk.parameters if kernel.walk else []
     signature = {}
     for name in names:
-        if name in _INTEGERS:
+        if name in (*_COUNTS, *_INTEGERS, *sizes):
             signature[name] = "i32"
         elif name in _LISTS:
             signature[name] = "*i32"
@@ -61,7 +63,7 @@ def compile_kernel(kernel: Rows | Wgrad, tile: RowsTile | WgradTile, device: Dev
             signature[name] = f"tensordesc<{element}[{','.join(map(str, boxes[name]))}]>"
         else:
             signature[name] = f"*{element}"
-    plain = [name for name in names if name not in ("m", "probed", "splits") and "desc" not in signature[name]]
+    plain = [name for name in names if name not in (*_COUNTS, *sizes) and "desc" not in signature[name]]
     divisible = {(names.index(name),): [["tt.divisibility", 16]] for name in plain}
     target = GPUTarget("cuda", device.capability[0] * 10 + device.capability[1], 32)
     options = {"num_warps": tile.warps, "num_stages": tile.stages}

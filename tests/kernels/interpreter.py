@@ -5,6 +5,7 @@ other tests compile. Memory that a kernel should have written, and did not, is N
 """
 
 import contextlib
+import importlib
 import os
 import pickle
 import subprocess
@@ -17,12 +18,13 @@ import torch
 
 
 class Interpreter:
-    """The verbs of `triton_linear`, run in the other process; `tile` is used instead of the best guess where given."""
+    """The verbs of a family of kernels, run in the other process; `tile` is used instead of the best guess if given."""
 
-    def __init__(self, cache: str) -> None:
+    def __init__(self, cache: str, family: str = "triton_linear") -> None:
         environment = {**os.environ, "TRITON_INTERPRET": "1", "CTRLCOMPILE_CACHE_DIR": cache, "OMP_NUM_THREADS": "1"}
         command = [sys.executable, __file__]
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment)
+        self.family = family
         self.tile: Any = None
 
     def forward(self, *arguments: Any) -> Any:
@@ -42,7 +44,7 @@ class Interpreter:
             self._process.kill()
 
     def _call(self, verb: str, arguments: tuple[Any, ...]) -> Any:
-        pickle.dump((verb, arguments, self.tile), self._process.stdin)
+        pickle.dump((self.family, verb, arguments, self.tile), self._process.stdin)
         self._process.stdin.flush()
         result, error = pickle.load(self._process.stdout)
         if error:
@@ -52,20 +54,21 @@ class Interpreter:
 
 def serve() -> None:
     """Answers calls until the input ends."""
-    from ctrlcompile.kernels import triton_linear, triton_tune
+    from ctrlcompile.kernels import triton_tune
 
     torch.use_deterministic_algorithms(True)  # fills new memory with NaN
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # whatever is printed goes to standard error
     while True:
         try:
-            verb, arguments, tile = pickle.load(sys.stdin.buffer)
+            family, verb, arguments, tile = pickle.load(sys.stdin.buffer)
         except EOFError:
             return
         given = mock.patch.object(triton_tune, "choose", return_value=tile) if tile else contextlib.nullcontext()
         try:
             with given:
-                answer = getattr(triton_linear, verb)(*arguments), None
+                kernels = importlib.import_module(f"ctrlcompile.kernels.{family}")
+                answer = getattr(kernels, verb)(*arguments), None
         except Exception:
             answer = None, traceback.format_exc()
         pickle.dump(answer, answers)

@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 
-from ctrlcompile.kernels import triton_rows, triton_wgrad
+from ctrlcompile.kernels import triton_rows, triton_rows_text, triton_wgrad
 from ctrlcompile.kernels.triton_device import A100, B200, H100, Device
 from ctrlcompile.kernels.triton_rows import Rows, RowsTile
 from ctrlcompile.kernels.triton_wgrad import Wgrad
@@ -47,7 +47,7 @@ def test_texts_are_python_with_short_lines_and_name_what_they_are():
     for out, into, transposed, partial in itertools.product((48, 64), (16, 96), (True, False), (True, False)):
         kernel = Rows(out, into, transposed, torch.float16, "gelu" if transposed else "none", transposed, partial)
         for tile in triton_rows.candidates(kernel, 4096, 1024, 1024, H100, True):
-            check_text(triton_rows.source(kernel, tile), kernel)
+            check_text(triton_rows_text.source(kernel, tile), kernel)
         for tile in triton_wgrad.candidates(Wgrad(out, into, torch.float16), 4096, 1024, 1024, H100, True):
             check_text(triton_wgrad.source(Wgrad(out, into, torch.float16), tile), kernel)
 
@@ -62,4 +62,4 @@ def check_text(text, kernel):
 
 def test_a_descriptor_cannot_gather():
     with pytest.raises(ValueError, match="at most 16 columns"):
-        triton_rows.source(Rows(64, 16, True, torch.float16), RowsTile(64, 64, 4, 3, descriptors=True))
+        triton_rows_text.source(Rows(64, 16, True, torch.float16), RowsTile(64, 64, 4, 3, descriptors=True))
