@@ -90,7 +90,9 @@ def run_rows(
         place["weight"] = _descriptor(weight, weight_box)
     arguments = [place[name] for name in triton_rows_text.parameters(kernel, tile)]
     with _running(kernel, x.device):
-        module.rows_product[(blocks * -(-rows // tile.rows), phases)](*arguments, num_warps=tile.warps, num_stages=tile.stages)
+        module.rows_product[(blocks * -(-rows // tile.rows), phases)](
+            *arguments, num_warps=tile.warps, num_stages=tile.stages
+        )
 
 
 def run_wgrad(

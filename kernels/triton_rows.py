@@ -21,7 +21,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from .triton_device import Device, shortlist
-from .triton_window import Walk
+from .triton_window import STILL, Walk
 from .window import Window
 
 DTYPES = {torch.float16: "float16", torch.bfloat16: "bfloat16", torch.float32: "float32"}
@@ -42,7 +42,7 @@ class Rows:
     partial: bool = False  # the last input block is cut off by the weight's edge
     precision: str = "ieee"  # of products of float32: ieee or tf32
     taps: tuple[int, ...] = ()  # of a convolution, for each spatial dimension
-    window: Window = Window()
+    window: Window = STILL
     wide: bool = False  # places in x or y do not fit 32 bits: of a convolution, whose tiles have no base
 
     @property

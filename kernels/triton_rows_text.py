@@ -1,4 +1,4 @@
-"""The text of the Triton kernels whose output rows run over a list of blocks; what they are is said in `triton_rows`."""
+"""The text of the Triton kernels whose output rows run over a list of blocks: what they do is said in `triton_rows`."""
 
 import math
 import re
@@ -66,7 +66,8 @@ def rows_product(
     return f'''"""Block-sparse {what}, {DTYPES[kernel.dtype]}, activation {kernel.activation}.
 
 Blocks of {kernel.outputs} x {kernel.inputs} (columns of the output x of the input).
-{f"{kernel.walk.description}" if kernel.walk else ""}Made for {tile.warps} warps and {tile.stages} stages. Generated; kept for whoever wants to read it.
+{kernel.walk.description if kernel.walk else ""}\
+Made for {tile.warps} warps and {tile.stages} stages. Generated; kept for whoever wants to read it.
 """
 
 import triton

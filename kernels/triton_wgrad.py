@@ -1,9 +1,10 @@
 """Triton for the weight gradient of active blocks, `g[r, c] = grad_z[:, block r].T @ x[:, block c]`, and what it tells.
 
 A block row's columns are taken in slots: first the listed blocks, then the masked ones; of a convolution, each block
-once per tap, which is a product with other rows of x (`triton_window`). One program has `group` consecutive slots. Listed blocks it multiplies together, so that grad_z's strip is read once for all of them; masked
-ones it fills with zeros. So every entry is written once, no memory is cleared beforehand, and at any density the
-programs share both kinds of work without a list of masked blocks. Probed blocks have programs of their own.
+once per tap, which is a product with other rows of x (`triton_window`). One program has `group` consecutive slots.
+Listed blocks it multiplies together, so that grad_z's strip is read once for all of them; masked ones it fills with
+zeros. So every entry is written once, no memory is cleared beforehand, and at any density the programs share both kinds
+of work without a list of masked blocks. Probed blocks have programs of their own.
 
 Where there are too few blocks to fill the device, the rows of x are split among several programs per block, which
 leave their sums in scratch memory; a second kernel, `finish`, adds them in a fixed order. Nothing is added atomically:
@@ -19,7 +20,6 @@ import torch
 
 from .triton_device import Device, shortlist
 from .triton_rows import DTYPES
-from .triton_window import Walk
 from .triton_wgrad_text import (
     ADD_SIGNALS,
     FINISH,
@@ -33,6 +33,7 @@ from .triton_wgrad_text import (
     WHOLE,
     ZERO,
 )
+from .triton_window import STILL, Walk
 from .window import Window
 
 FINISH_PARAMETERS = (
@@ -53,7 +54,7 @@ class Wgrad:
     dtype: torch.dtype
     precision: str = "ieee"  # of products of float32: ieee or tf32
     taps: tuple[int, ...] = ()  # of a convolution, for each spatial dimension
-    window: Window = Window()
+    window: Window = STILL
     wide: bool = False  # places in x do not fit 32 bits: of a convolution, whose tiles have no base
 
     @property
@@ -262,7 +263,7 @@ def weight_gradient(
     return f'''"""Block-sparse {"convolution" if walk else "linear"}, weight gradient, {DTYPES[kernel.dtype]}.
 
 Blocks of {kernel.outputs} x {kernel.inputs} (columns of the output x of the input).
-{walk.description if walk else ""}\
+{kernel.walk.description if kernel.walk else ""}\
 Made for {tile.warps} warps and {tile.stages} stages. Generated; kept for whoever wants to read it.
 """
 

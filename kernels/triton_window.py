@@ -21,6 +21,8 @@ from dataclasses import dataclass
 
 from .window import Window
 
+STILL = Window()  # a linear's
+
 
 @dataclass(frozen=True)
 class Axis:
@@ -126,7 +128,7 @@ class Walk:
         return ["# None to walk, yet divided by.", *(f"{count} = tl.maximum({count}, 1)" for count in counts)]
 
     def starts(self) -> list[str]:
-        """Sets `x_rows`, where the window of each row begins in x, and its coordinates; past the end, the last row's."""
+        """Sets `x_rows`, where in x the window of each row begins, and its coordinates; past the end the last one's."""
         lines = ["pixel = tl.minimum(row + rows, m - 1)"]
         for axis in reversed(self.axes):
             lines += [f"{axis.name}_from = {self._start(axis)}", f"pixel = pixel // {self._rows(axis)}"]
@@ -179,7 +181,9 @@ class Walk:
             lines += [f"{axis.name}_tap = tap{at}", f"{axis.name}_move = {_times(f'{axis.name}_tap', spread)}"]
         if self.phased:
             places = [
-                f"{axis.name}_first + {_times(f'{axis.name}_tap', axis.apart)}" if axis in self.phased else f"{axis.name}_tap"
+                f"{axis.name}_first + {_times(f'{axis.name}_tap', axis.apart)}"
+                if axis in self.phased
+                else f"{axis.name}_tap"
                 for axis in self.axes
             ]
             lines += [f"tap = {_nested(places, [str(axis.taps) for axis in self.axes])}"]
@@ -187,7 +191,7 @@ class Walk:
         return [*lines, f"move = {_nested(moves, [f'x_{axis.name}' for axis in self.axes])}"]
 
     def seen(self, vectors: bool) -> list[str]:
-        """What must hold for a tap to lie inside of x; `vectors`: for each row and each of several taps, not for one."""
+        """What must hold for a tap to lie inside x; `vectors`: for each row and each of several taps, not for one."""
         rows, taps = ("[:, None]", "[None, :]") if vectors else ("", "")
         return [
             f"(({axis.name}_from{rows} + {axis.name}_move{taps}).to(tl.uint32) < x_{axis.name})"
