@@ -89,7 +89,8 @@ def wgrad(
 
 def precision(dtype: torch.dtype) -> str:
     """How products of float32 are taken: as torch's own setting for convolutions says, which is tf32 by default."""
-    return "tf32" if dtype == torch.float32 and torch.backends.cudnn.conv.fp32_precision == "tf32" else "ieee"
+    setting = torch.backends.cudnn.conv.fp32_precision  # type: ignore[attr-defined]
+    return "tf32" if dtype == torch.float32 and setting == "tf32" else "ieee"
 
 
 def _rows(

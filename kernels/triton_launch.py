@@ -26,19 +26,19 @@ Lists = tuple[Tensor, Tensor, Tensor]  # offsets, indices, order
 class Images(NamedTuple):
     """What the rows of a convolution's matrices are: pixels of so many images of these spatial sizes."""
 
-    count: int
+    number: int
     x_size: tuple[int, ...]
     y_size: tuple[int, ...]
 
     def parameters(self, walk: Walk) -> dict[str, int]:
         """By their names."""
-        values = (self.count, *self.x_size, *self.y_size, *[walk.window.groups] * (walk.window.groups > 1))
+        values = (self.number, *self.x_size, *self.y_size, *[walk.window.groups] * (walk.window.groups > 1))
         return dict(zip(walk.parameters, values, strict=True))
 
     def most_rows(self, walk: Walk) -> int:
         """How many pixels of y the largest of the walk's phases has."""
         each = zip(walk.axes, self.y_size, strict=True)
-        return self.count * math.prod(-(-size // axis.stride) if axis in walk.phased else size for axis, size in each)
+        return self.number * math.prod(-(-size // axis.stride) if axis in walk.phased else size for axis, size in each)
 
 
 def aligned(*matrices: Tensor) -> bool:
