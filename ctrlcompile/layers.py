@@ -16,6 +16,7 @@ from ctrlcompile.kernels.window import Window
 from ctrlcompile.options import Options
 from ctrlcompile.passes.graph_edit import Scope, argument, scopes, uses
 from ctrlcompile.passes.layer_nodes import TRANSPOSED, is_layer, is_linear, is_weight_of, obstacle, window_of
+from ctrlcompile.passes.outline import module_path
 
 COMPUTED = "its weight is computed in the graph (a parametrization, say), not a Parameter"
 
@@ -94,7 +95,7 @@ def find_layers(
             why_never = obstacle(node)
             layers.append(
                 Layer(
-                    f"{scope.prefix}{node.name}", index, name, _module(node), _source_line(node), dtype,
+                    f"{scope.prefix}{node.name}", index, name, module_path(node), _source_line(node), dtype,
                     tuple(weight.meta["example_value"].shape), None if why_never else window_of(node), _product(node),
                     why_never, why_never or reason,
                 )
@@ -152,13 +153,7 @@ def _parameter_name(node: fx.Node) -> str:
 
 
 def _name_by_module(node: fx.Node) -> str:
-    return f"{_module(node)}.weight" if node.meta.get("nn_module_stack") else node.name
-
-
-def _module(node: fx.Node) -> str:
-    stack = node.meta.get("nn_module_stack") or {}
-    paths = [path for path, _ in stack.values()]
-    return re.sub(r"^L\['\w+'\]\.?", "", paths[-1]) if paths else ""
+    return f"{module_path(node)}.weight" if node.meta.get("nn_module_stack") else node.name
 
 
 def _source_line(node: fx.Node) -> str:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, fx
 from torch._guards import TracingContext
 
-from ctrlcompile import cost, follow, ops
+from ctrlcompile import cost, follow, ops, run_log
 from ctrlcompile.blocks import Block
 from ctrlcompile.gate import Gate, registry
 from ctrlcompile.layers import find_layers
@@ -79,6 +79,8 @@ class Region:
             _watcher.visits.append(Visit(self, variant, parameters, tuple(gates), self._bind(args)))
         elif torch.is_grad_enabled() and cost.meter.listening:
             cost.meter.record(self._bind(args), self.gates_by_layer(gates))
+            for log in tuple(run_log.graphless):
+                log.see(variant.changes[-1].outlines[1], self.gates_by_node(gates))
         inputs: list[Tensor] = []
         for index in variant.gated:
             gate = gates[index]
@@ -106,6 +108,11 @@ class Region:
         """Those of the weights, in the order of the layers; None where a layer is not gated."""
         return [layer.gate_among(gates) for layer in self.layers]
 
+    def gates_by_node(self, gates: Sequence[Gate | None]) -> dict[str, Gate]:
+        """Those of the gated layers, by the layer's node."""
+        pairs = zip(self.layers, self.gates_by_layer(gates), strict=True)
+        return {layer.node: gate for layer, gate in pairs if gate is not None}
+
     def _bind(self, args: Sequence[Any]) -> cost.BoundCost:
         return self._cost.bind(tuple(int(args[position]) for position in self._size_positions))
 
@@ -113,11 +120,7 @@ class Region:
         gm = copy_graph(self._gm)
         if late:
             gm.meta.pop("dynamo_compile_id", None)  # outside Dynamo: no guards to serve, sizes as they are
-        blocks = {
-            layer.node: gate.block
-            for layer, gate in zip(self.layers, self.gates_by_layer(gates), strict=True)
-            if gate is not None
-        }
+        blocks = {node: gate.block for node, gate in self.gates_by_node(gates).items()}
         gm, changes = run(gm, args, passes_for(blocks))
         by_position = {weight.position: index for index, weight in enumerate(self.weights)}
         gated = tuple(by_position[position] for position in gm.meta["gated_weights"])

@@ -1,9 +1,11 @@
 """A run's log: every decision of its controller and every mask, in one file that survives a crash.
 
-`log.jsonl` in the run's folder is only ever appended to, a JSON object per line, each in one write, at decisions only:
+`log.jsonl` in the run's folder is only ever appended to, at decisions and when a graph of the run is first seen; a JSON
+object per line, each in one write:
 
     {"kind": "run", ...}       a process takes the run up: settings, gates, versions, machine, command
     {"kind": "decision", ...}  a record of `Controller.history`, with `masks` and the seconds since this process's first
+    {"kind": "graph", ...}     a compiled graph that has gates of the run: its `passes.outline`, and whose gate is where
 
 `masks` holds those that differ from the ones before; in the first decision of a process, all. A mask is one bit per
 block, row by row, highest bit of a byte first, in base64. A run that is resumed from a checkpoint repeats steps: a
@@ -12,6 +14,7 @@ decision replaces every earlier one of its step or of a later step.
 
 import base64
 import contextlib
+import dataclasses
 import errno
 import fcntl
 import importlib.metadata
@@ -35,6 +38,7 @@ from ctrlcompile import kernel_choice
 from ctrlcompile.controller.checkpoint import identity
 from ctrlcompile.controller.contract import Gate
 from ctrlcompile.controller.controller import Controller
+from ctrlcompile.passes.outline import Outline
 
 FILE = "log.jsonl"
 PACKAGES = ("ctrlcompile", "torch", "triton")
@@ -98,6 +102,8 @@ class RunLog:
         self._torn = self._file.tell() > 0  # what is there may end amid a line
         self._began: float | None = None
         self._masks: dict[str, Tensor] = {}
+        self._names: dict[Gate, str] = {}
+        self._seen: list[Outline] = []
 
     def write(self, record: Mapping[str, Any], gates: Mapping[str, Gate]) -> None:
         """Appends a decision, with the masks that have changed since the last one."""
@@ -110,6 +116,10 @@ class RunLog:
             if not self._append(self._head):
                 return
             self._began = now
+            self._names = {gate: name for name, gate in gates.items()}
+            graphless.add(self)
+        else:
+            graphless.discard(self)
         masks = {name: gate.mask for name, gate in gates.items()}
         before = self._masks
         changed = {name: m for name, m in masks.items() if name not in before or not torch.equal(m, before[name])}
@@ -117,8 +127,16 @@ class RunLog:
         wrote = self._append({**line, "masks": {name: pack(mask) for name, mask in changed.items()}})
         self._masks = masks if wrote else {}
 
+    def see(self, outline: Outline, gates: Mapping[str, Gate]) -> None:
+        """Appends a compiled graph that has gates of this run, once; `gates` are those of its layers, by node."""
+        mine = {node: self._names[gate] for node, gate in gates.items() if gate in self._names}
+        if mine and not self._file.closed and not any(outline is seen for seen in self._seen):
+            self._seen.append(outline)
+            self._append({"kind": "graph", "nodes": [dataclasses.asdict(node) for node in outline], "gates": mine})
+
     def close(self) -> None:
         """Writes no more."""
+        graphless.discard(self)
         if not self._file.closed:
             with contextlib.suppress(OSError):  # a file system without locks
                 fcntl.flock(self._file, fcntl.LOCK_UN)  # also for forked workers that hold the file open
@@ -165,6 +183,7 @@ class RunLog:
                 )
 
 
+graphless: "weakref.WeakSet[RunLog]" = weakref.WeakSet()  # those to show graphs to when they run
 _BEGINS = '{"kind": "run"'
 _writers: "weakref.WeakValueDictionary[Path, RunLog]" = weakref.WeakValueDictionary()
 

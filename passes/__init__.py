@@ -10,6 +10,7 @@
 Beside them, and no pass since it changes nothing:
 
 - `find_coupling`: which block rows of gated weights feed which block columns of others.
+- `outline`: what pictures of a graph show.
 - `channel_rules`, `channels`: what it knows of each operator, and the graph of channel groups that it builds.
 
 A pass is `(gm, example_inputs, *, keyword-only) -> gm`; its configuration is bound with `functools.partial`. `run`
@@ -30,6 +31,7 @@ from torch._logging._internal import trace_structured
 from ctrlcompile.passes.fuse_activation import fuse_activation
 from ctrlcompile.passes.gate_conv import gate_conv
 from ctrlcompile.passes.gate_linear import gate_linear
+from ctrlcompile.passes.outline import Outline, outline
 
 logger = logging.getLogger(__name__)
 
@@ -52,11 +54,13 @@ class Change:
     Attributes:
         name: of the pass.
         before, after: the graph as Python, with shapes and source lines.
+        outlines: the graph before and after, as pictures of it show it.
     """
 
     name: str
     before: str
     after: str
+    outlines: tuple[Outline, Outline]
 
     @property
     def diff(self) -> str:
@@ -74,7 +78,7 @@ def run(
     and the diffs are artifacts in `TORCH_TRACE`.
     """
     changes = []
-    text = _text(gm)
+    text, drawn = _text(gm), outline(gm)
     _trace("0_before_passes", lambda: text)
     for number, graph_pass in enumerate(passes, 1):
         before = _operators(gm)
@@ -82,8 +86,8 @@ def run(
         after = _operators(gm)
         counts = {op: after.get(op, 0) - before.get(op, 0) for op in {**before, **after}}
         summary = ", ".join(f"{op} {count:+d}" for op, count in sorted(counts.items()) if count) or "no change"
-        change = Change(_name(graph_pass), text, _text(gm))
-        text = change.after
+        change = Change(_name(graph_pass), text, _text(gm), (drawn, outline(gm)))
+        text, drawn = change.after, change.outlines[1]
         logger.info("%d. %s: %s", number, change.name, summary)
         if logger.isEnabledFor(logging.DEBUG) and change.diff:
             logger.debug("%s", change.diff)

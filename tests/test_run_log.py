@@ -58,7 +58,7 @@ def test_every_record_and_every_mask_is_read_back(tmp_path, seed):
     assert_tells(run, logged.controller.history, logged.masks)
     assert run.steps[-1] == STEPS
     assert run.unread == 0
-    assert run.gates["layer1"] == {"shape": [64, 100], "block": [8, 8], "grid": (8, 13)}
+    assert run.gates["layer1"] == {"shape": (64, 100), "block": (8, 8), "grid": (8, 13)}
     for name, line in run.densities().items():
         assert line == pytest.approx([float(masks[name].float().mean()) for masks in logged.masks])
     assert run.sums("reactivated")[-1] == logged.controller.reactivations > 0
@@ -130,7 +130,11 @@ def test_lines_that_are_no_log_are_counted_and_left_out(tmp_path, seed):
     logged = Logged(tmp_path, seed).train(STEPS)
     path = tmp_path / run_log.FILE
     found = path.read_text().splitlines()
-    foreign = ["garbage", '{"kind": "decision"}', '{"kind": "weather", "step": 3}', "[1, 2]", '{"step": 1}', "\x00\xff"]
+    looped = {"name": "a", "operator": "b", "module": "", "shape": "", "sources": ["a"]}
+    foreign = [
+        "garbage", '{"kind": "decision"}', '{"kind": "weather", "step": 3}', "[1, 2]", '{"step": 1}', "\x00\xff",
+        '{"kind": "run", "gates": 3}', json.dumps({"kind": "graph", "nodes": [looped], "gates": {}}),
+    ]  # fmt: skip
     damaged = {"step": 70, "seconds": 1.0, "masks": {"layer0": "AAAA"}, "kind": "decision"}
     for line in (*foreign, json.dumps(damaged)):
         found.insert(random.randrange(1, len(found) + 1), line)

@@ -163,8 +163,12 @@ def _explanation(module: nn.Module, visits: list[Visit]) -> Explanation:
             reason = "not in a compiled graph that these inputs reach"
             rows.append(Row(name, prefix, tuple(weight.shape), False, reason, None, 1.0, "not compiled", 0.0, 0.0, ""))
     saved = sum(row.dense_flops - row.flops for row in rows)
-    graphs = tuple(Graph(visit.variant.changes) for visit in visits)
+    graphs = tuple(Graph(visit.variant.changes, _densities(visit)) for visit in visits)
     return Explanation(tuple(rows), graphs, dense_flops, dense_flops - saved)
+
+
+def _densities(visit: Visit) -> dict[str, float]:
+    return {node: gate.density for node, gate in visit.region.gates_by_node(visit.gates).items()}
 
 
 def _row(name: str, layer: Layer, parameter: Tensor | None, gate: Gate | None, activation: str, dense: float) -> Row:

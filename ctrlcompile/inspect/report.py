@@ -1,4 +1,4 @@
-"""A run as one HTML page that needs no network: curves, every layer's mask over time, profile, what it ran on.
+"""A run as one HTML page that needs no network: curves, all masks over time, graphs, profile, what it ran on.
 
 The curves are plotly's: of the well-kept libraries it is the one whose page stands alone, zooms and tells the values
 under the pointer; its script, 5 MB in every page, is the price. Masks are bytes that the page inflates and draws on
@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ctrlcompile.inspect import drawing
 from ctrlcompile.inspect.profile import Profile
 from ctrlcompile.inspect.run import Run
 from ctrlcompile.pictures import patches
@@ -51,6 +52,7 @@ def page(run: Run) -> str:
         curves=_html(_curves(run), "curves", script=True),
         densities=_html(_densities(run), "densities", script=False),
         masks=_masks(run),
+        graphs=_graphs(run),
         profile=_profile(run.folder / PROFILE),
     )
 
@@ -128,6 +130,15 @@ def _masks(run: Run) -> dict[str, Any]:
             }
         )  # fmt: skip
     return {"steps": [run.decisions[place].step for place in places], "layers": layers}
+
+
+def _graphs(run: Run) -> list[str]:
+    at_the_end = {name: line[-1] for name, line in run.densities().items()}
+    found = []
+    for graph in run.graphs:
+        densities = {node: at_the_end.get(gate) for node, gate in graph.gates.items()}
+        found.append(drawing.svg(graph.outline, {node: d for node, d in densities.items() if d is not None}))
+    return found
 
 
 def _profile(path: Path) -> str:

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from ctrlcompile.passes.outline import Node, Outline
 from ctrlcompile.run_log import FILE, parsed, unpack
 
 Record = dict[str, Any]
@@ -31,19 +32,30 @@ class Decision:
 
 
 @dataclass(frozen=True)
+class GatedGraph:
+    """A compiled graph; `gates` maps the nodes of its gated layers to the names of their gates."""
+
+    outline: Outline
+    gates: dict[str, str]
+
+
+@dataclass(frozen=True)
 class Run:
     """What a run's log holds.
 
     Attributes:
         folder: of the run.
-        processes: a record for each process that took the run up: command, versions, machine, settings, gates.
+        processes: for each process that took the run up: `command`, `started` (seconds since 1970), `versions`,
+            `machine`, `settings`, and the `gates` by name with `shape`, `block` and `grid`.
         decisions: in the order of their steps.
+        graphs: those compiled with gates of the run, as its last process had them.
         unread: number of lines that hold nothing of a log, a torn last one for instance.
     """
 
     folder: Path
     processes: tuple[Record, ...]
     decisions: tuple[Decision, ...]
+    graphs: tuple[GatedGraph, ...]
     unread: int
 
     @property
@@ -97,7 +109,9 @@ def read(folder: Path) -> Run:
         raise ValueError(f"{path} cannot be read: {error.strerror}") from error
     processes: list[Record] = []
     decisions: list[Decision] = []
-    understood, earlier = 0, 0.0
+    graphs: list[GatedGraph] = []
+    graphs_of = understood = 0  # the process that had them; lines
+    earlier = 0.0
     for record in parsed(lines):
         try:
             if record["kind"] == "run":
@@ -109,21 +123,28 @@ def read(folder: Path) -> Run:
                 if made.seconds == 0:  # the first of a process
                     earlier = decisions[-1].seconds if decisions else 0.0
                 decisions.append(replace(made, seconds=earlier + made.seconds))
+            elif record["kind"] == "graph":
+                graph = _graph(record)
+                if graphs_of != len(processes):
+                    graphs_of, graphs = len(processes), []
+                graphs.append(graph)
             else:
                 continue
-        except (KeyError, TypeError, ValueError):
+        except (AttributeError, KeyError, TypeError, ValueError):
             continue
         understood += 1
     if not decisions:
         raise ValueError(f"{path} holds no decision of a run{', only lines that are no log' if lines else ' yet'}")
-    return Run(folder, tuple(processes), tuple(decisions), len(lines) - understood)
+    return Run(folder, tuple(processes), tuple(decisions), tuple(graphs), len(lines) - understood)
 
 
 def _process(record: Record) -> Record:
-    for gate in record["gates"].values():
-        rows, columns = gate["grid"]
-        gate["grid"] = (int(rows), int(columns))
-    return {"settings": {}, "versions": {}, "machine": {}, "command": "", "started": 0.0, **record}
+    gates = {
+        name: {part: tuple(map(int, gate[part])) for part in ("shape", "block", "grid")}
+        for name, gate in record["gates"].items()
+    }
+    told = {part: dict(record[part]) for part in ("settings", "versions", "machine")}
+    return {"gates": gates, "command": str(record["command"]), "started": float(record["started"]), **told}
 
 
 def _decision(record: Record, gates: Record) -> Decision:
@@ -134,3 +155,13 @@ def _decision(record: Record, gates: Record) -> Decision:
     }
     masks = {name: unpack(packed, gates[name]["grid"]) for name, packed in record["masks"].items() if name in gates}
     return Decision(int(record["step"]), float(record["seconds"]), values, masks)
+
+
+def _graph(record: Record) -> GatedGraph:
+    nodes: dict[str, Node] = {}
+    for node in record["nodes"]:
+        name, what, module, shape = (str(node[part]) for part in ("name", "operator", "module", "shape"))
+        if not nodes.keys() >= set(node["sources"]):
+            raise ValueError(f"{name} reads what comes later or not at all")
+        nodes[name] = Node(name, what, module, shape, tuple(node["sources"]))
+    return GatedGraph(tuple(nodes.values()), dict(record["gates"]))

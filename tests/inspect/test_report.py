@@ -1,5 +1,6 @@
 """The report of a run: one page that opens in a browser without a network, and shows what the log holds."""
 
+import math
 import random
 from dataclasses import replace
 
@@ -11,12 +12,20 @@ from ctrlcompile.controller import Controller
 from ctrlcompile.inspect import report
 from ctrlcompile.inspect.profile import Machine, Profile, Row, Step
 from ctrlcompile.inspect.run import read
+from ctrlcompile.passes.outline import Node
 
 from ..controller.plant import Plant
 from .browser import PROGRAM, Browser
 
 STEPS = 120
 NASTY = "</script><script>throw 'a name'</script>&amp;\"'"
+
+
+OUTLINE = (
+    Node("x", "input", "", "8 x 40", ()),
+    Node("first", "ctrlprune::linear", NASTY, "8 x 72", ("x",)),
+    Node("output", "output", "", "", ("first",)),
+)
 
 
 def profile_of(name: str) -> Profile:
@@ -34,9 +43,10 @@ def folder(tmp_path, seed):
     controller = Controller(plant.gates, plant.meter, 0.4, STEPS)
     folder = tmp_path / "a run"
     controller.log = run_log.start(folder, controller)
-    for _ in range(STEPS):
+    for step in range(STEPS):
         plant.train_step()
-        controller.step(random.random())
+        controller.step(random.random() if step < STEPS - 1 else math.nan)
+        controller.log.see(OUTLINE, {"first": first})
     (folder / report.PROFILE).write_text(profile_of(NASTY).to_json())
     return folder
 
@@ -69,6 +79,8 @@ def test_the_page_opens_in_a_browser_without_errors_or_a_network_and_its_slider_
     drawn = browser.value(
         "[...document.querySelector('.js-plotly-plot').data].map((t) => [t.name, [...t.x], [...t.y]])"
     )
+    assert math.isnan(lines["loss"].pop())
+    lines["loss"].append(None)
     assert {name: y for name, _, y in drawn} == lines
     assert all(x == run.steps for _, x, _ in drawn)
     assert browser.value("document.querySelectorAll('.js-plotly-plot .main-svg').length") > 2
@@ -96,6 +108,12 @@ def test_the_page_opens_in_a_browser_without_errors_or_a_network_and_its_slider_
         captions = browser.value("[...document.querySelectorAll('#layers figcaption')].map((c) => c.textContent)")
         assert captions[0].startswith(f"{NASTY}\n72 x 40 in blocks of 8 x 8, density {float(small.float().mean()):.3f}")
     assert seen[0] != seen[1], "the masks change"
+
+    boxes = browser.value("[...document.querySelectorAll('.graph svg g')].map((box) => box.textContent)")
+    density = run.densities()[NASTY][-1]
+    assert len(boxes) == len(OUTLINE)
+    assert f"ctrlprune::lineardensity {density:.3f}" in boxes[1]
+    assert NASTY in boxes[1]
 
     assert not [event for event in browser.events if event["method"] == "Runtime.exceptionThrown"]
     logged = [event["params"]["entry"] for event in browser.events if event["method"] == "Log.entryAdded"]
