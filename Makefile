@@ -32,7 +32,7 @@ types: .venv/test
 	touch $@
 
 .venv/test: .venv/bin/python pyproject.toml constraints.txt
-	$(INSTALL) '.[examples,report,dev]'
+	$(INSTALL) '.[examples,report,tensorboard,dev]'
 	touch $@
 
 clean:

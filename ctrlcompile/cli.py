@@ -26,6 +26,7 @@ from ctrlcompile.inspect import explain as explain_model
 from ctrlcompile.inspect import profile as profile_model
 from ctrlcompile.inspect import report as reports
 from ctrlcompile.inspect import run as runs
+from ctrlcompile.inspect import tensorboard as tensorboards
 from ctrlcompile.kernels import build
 
 Result = TypeVar("Result")
@@ -160,21 +161,28 @@ def _looked_at(target: Callable[[], Any], look: Callable[[nn.Module], Callable[.
 @main.command()
 @click.argument("run", type=click.Path(exists=True, file_okay=False, path_type=Path))
 @click.option("-o", "--output", type=click.Path(dir_okay=False, path_type=Path), help="File; default: RUN/report.html.")
+@click.option("--tensorboard", type=click.Path(path_type=Path), help="Write the same for TensorBoard into this folder.")
 @as_json
-def report(run: Path, output: Path | None, as_json: bool) -> None:
-    """Write a run's log as one HTML page: curves, masks over time, profile, versions.
+def report(run: Path, output: Path | None, tensorboard: Path | None, as_json: bool) -> None:
+    """Make one HTML page of a run's log: curves, masks over time, graphs, profile, versions.
 
     RUN is the folder that was given as log=. A profile goes in where RUN/profile.json has one:
     ctrlcompile profile TARGET --json > RUN/profile.json
     """
-    output = output or run / "report.html"
+    if output and tensorboard:
+        raise click.UsageError("--output and --tensorboard exclude each other")
+    output = tensorboard or output or run / "report.html"
     try:
         read = runs.read(run)
-        output.write_text(reports.page(read), encoding="utf-8")
+        if tensorboard:
+            tensorboards.write(read, tensorboard)
+        else:
+            output.write_text(reports.page(read), encoding="utf-8")
     except ValueError as error:
         raise click.ClickException(str(error)) from error
     except ImportError as error:
-        raise click.ClickException(f"{error.name} is missing: pip install 'ctrlcompile[report]'") from error
+        extra = "tensorboard" if tensorboard else "report"
+        raise click.ClickException(f"{error.name} is missing: pip install 'ctrlcompile[{extra}]'") from error
     except OSError as error:
         raise click.ClickException(f"{output} cannot be written: {error.strerror}") from error
     if read.unread:

@@ -175,6 +175,8 @@ def test_report_without_a_log_or_a_place_to_write_or_plotly_ends_in_status_1_or_
         ([tmp_path / "gone"], 2, "does not exist"),
         ([run_folder / run_log.FILE], 2, "is a file"),
         ([run_folder, "-o", tmp_path], 2, "is a directory"),
+        ([run_folder, "-o", "page.html", "--tensorboard", "events"], 2, "exclude each other"),
+        ([run_folder, "--tensorboard", run_folder / run_log.FILE], 1, "log.jsonl cannot be written"),
         ([run_folder, "-o", tmp_path / "gone" / "page.html"], 1, "page.html cannot be written: No such file"),
     ):
         done = invoke("report", *arguments)
@@ -184,6 +186,11 @@ def test_report_without_a_log_or_a_place_to_write_or_plotly_ends_in_status_1_or_
     done = invoke("report", run_folder)
     assert done.exit_code == 1
     assert "plotly is missing: pip install 'ctrlcompile[report]'" in done.stderr
+    monkeypatch.setitem(sys.modules, "tensorboard", None)
+    monkeypatch.delitem(sys.modules, "torch.utils.tensorboard", raising=False)
+    done = invoke("report", run_folder, "--tensorboard", tmp_path / "events")
+    assert done.exit_code == 1
+    assert "tensorboard is missing: pip install 'ctrlcompile[tensorboard]'" in done.stderr
 
 
 def test_cache_lists_and_clears_kernels_and_touches_nothing_else(cache):

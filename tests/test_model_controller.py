@@ -81,7 +81,8 @@ def test_one_line_lands_on_the_budget_and_the_open_form_makes_and_logs_the_same_
     for name in ("density", "price", "flops_used"):
         assert logged[0].series(name) == logged[1].series(name) == [record[name] for record in controller.history]
     for run in logged:
-        assert all(torch.equal(mask, one_line.masks[name]) for name, mask in run.masks()[-1].items())
+        last = len(run.decisions) - 1
+        assert all(torch.equal(run.masks(name, [last])[0], mask) for name, mask in one_line.masks.items())
         (graph,) = run.graphs
         assert set(graph.gates.values()) == gates.keys() == run.gates.keys()
     assert cc.controller_of(in_the_open.optimizer) is None, "a controller in the open is stepped by its user alone"

@@ -47,9 +47,9 @@ def lines(folder: Path) -> list[dict]:
 def assert_tells(run, history, masks) -> None:
     """The run read back has these records and, after each of them, these masks."""
     assert [{"step": made.step, **made.values} for made in run.decisions] == history
-    for known, mine in zip(run.masks(), masks, strict=True):
-        assert known.keys() == mine.keys()
-        assert all(torch.equal(known[name], mask) for name, mask in mine.items())
+    for name in run.gates:
+        known = run.masks(name, range(len(history)))
+        assert all(torch.equal(mask, mine[name]) for mask, mine in zip(known, masks, strict=True))
 
 
 def test_every_record_and_every_mask_is_read_back(tmp_path, seed):
@@ -119,6 +119,7 @@ def test_a_log_cut_anywhere_tells_what_is_left_and_is_gone_on_with(tmp_path, see
         run = read(tmp_path)
         left = sum(end <= cut for end in ends) - 1  # a line without its end is whole, too
         assert_tells(run, logged.controller.history[:left], logged.masks[:left])
+        assert run.gates.keys() == logged.plant.gates.keys()
         assert run.unread == (whole[cut - 1 : cut] != b"\n" and cut not in ends)
     again = Logged(tmp_path, seed).train(STEPS)
     run = read(tmp_path)

@@ -57,25 +57,10 @@ def page(run: Run) -> str:
     )
 
 
-def lines(run: Run) -> dict[str, list[float | None]]:
-    """What is drawn against steps, by name; a value per decision."""
-    return {
-        "loss": run.series("loss"),
-        "FLOPs used": run.series("flops_used"),
-        "of the dense run": run.series("flops_dense"),
-        "seconds": [decision.seconds for decision in run.decisions],
-        "density": run.series("density"),
-        "target": run.series("target"),
-        "price": run.series("price"),
-        "blocks reactivated": run.sums("reactivated"),
-        "switched off": run.sums("switched_off"),
-    }
-
-
 def _curves(run: Run) -> "Figure":
     from plotly import graph_objects, subplots
 
-    found = lines(run)
+    found = run.curves()
 
     def title(names: tuple[str, ...]) -> str:
         known = [name if set(found[name]) != {None} else f"{name}: none was noted" for name in names]
@@ -112,14 +97,9 @@ def _html(figure: "Figure", name: str, *, script: bool) -> str:
 
 def _masks(run: Run) -> dict[str, Any]:
     """For the page's script: the steps at which masks are shown, and for each layer a byte per cell and step."""
-    places = [place for place, decision in enumerate(run.decisions) if decision.changed]
-    if len(places) > FRAMES:
-        places = [places[round(i * (len(places) - 1) / (FRAMES - 1))] for i in range(FRAMES)]
-    every, densities, layers = run.masks(), run.densities(), []
-    for name, line in densities.items():
-        gate = run.gates[name]
-        frames = [every[place].get(name, torch.zeros(gate["grid"], dtype=torch.bool)) for place in places]
-        shares = torch.stack([patches(frame, CELLS, CELLS) for frame in frames])
+    places, layers = run.frames(FRAMES), []
+    for name, line in run.densities().items():
+        gate, shares = run.gates[name], torch.stack([patches(mask, CELLS, CELLS) for mask in run.masks(name, places)])
         cells = bytes((255 * shares).round().byte().flatten().tolist())
         rows, columns = shares.shape[1:]
         layers.append(

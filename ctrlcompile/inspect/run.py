@@ -1,11 +1,12 @@
 """A run as its log tells it: what was decided when, and every layer's mask at each decision."""
 
 import itertools
-import operator
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ctrlcompile.passes.outline import Node, Outline
@@ -76,10 +77,36 @@ class Run:
         """The same, added up from the first decision on."""
         return list(itertools.accumulate(value or 0.0 for value in self.series(name)))
 
-    def masks(self) -> list[dict[str, Tensor]]:
-        """All masks at each decision, by the gate's name; one that did not change is the same tensor."""
-        changes = (decision.changed for decision in self.decisions)
-        return list(itertools.accumulate(changes, operator.or_))
+    def curves(self) -> dict[str, list[float | None]]:
+        """What is drawn against steps, by name."""
+        return {
+            "loss": self.series("loss"),
+            "FLOPs used": self.series("flops_used"),
+            "of the dense run": self.series("flops_dense"),
+            "seconds": [decision.seconds for decision in self.decisions],
+            "density": self.series("density"),
+            "target": self.series("target"),
+            "price": self.series("price"),
+            "blocks reactivated": self.sums("reactivated"),
+            "switched off": self.sums("switched_off"),
+        }
+
+    def frames(self, most: int) -> list[int]:
+        """Where masks changed, by index into `decisions`: all, or so many with the first and the last."""
+        places = [place for place, decision in enumerate(self.decisions) if decision.changed]
+        if len(places) > most:
+            places = [places[round(i * (len(places) - 1) / (most - 1))] for i in range(most)]
+        return places
+
+    def masks(self, gate: str, places: Sequence[int]) -> list[Tensor]:
+        """The mask of a gate at decisions in ascending order, bool `[R, C]`; without an active block where unknown."""
+        found, mask, place = [], torch.zeros(self.gates[gate]["grid"], dtype=torch.bool), 0
+        for wanted in places:
+            for decision in self.decisions[place : wanted + 1]:
+                mask = decision.changed.get(gate, mask)
+            found.append(mask)
+            place = wanted + 1
+        return found
 
     def densities(self) -> dict[str, list[float | None]]:
         """Active blocks / all blocks of each gate at each decision, None where its mask is unknown."""

@@ -75,7 +75,7 @@ def test_the_page_opens_in_a_browser_without_errors_or_a_network_and_its_slider_
     browser.open(page.as_uri())
     browser.wait("document.getElementById('step').value !== ''")
 
-    lines = report.lines(run)
+    lines = run.curves()
     drawn = browser.value(
         "[...document.querySelector('.js-plotly-plot').data].map((t) => [t.name, [...t.x], [...t.y]])"
     )
@@ -91,7 +91,8 @@ def test_the_page_opens_in_a_browser_without_errors_or_a_network_and_its_slider_
     steps = browser.value("JSON.parse(document.getElementById('masks').textContent).steps")
     assert len(steps) > 5
     assert [decision.step for decision in run.decisions if decision.changed] == steps
-    masks, last = dict(zip(run.steps, run.masks(), strict=True)), len(steps) - 1
+    masks = {name: run.masks(name, run.frames(report.FRAMES)) for name in run.gates}
+    last = len(steps) - 1
     browser.value("document.getElementById('slider').focus()")
     seen = []
     for keys, place in (((), last), (("Home",), 0), (("ArrowRight",) * 3, 3), (("End", "ArrowLeft"), last - 1)):
@@ -100,7 +101,7 @@ def test_the_page_opens_in_a_browser_without_errors_or_a_network_and_its_slider_
         assert browser.value("document.getElementById('step').value") == f"step {steps[place]}"
         first, second = browser.value(PIXELS)
         seen.append(first)
-        small, large = (masks[steps[place]][name] for name in run.gates)
+        small, large = (masks[name][place] for name in run.gates)
         assert first == [9, 5, [31 if active else 238 for active in small.flatten().tolist()]]
         shares = [pair.float().mean(1) for pair in large.split(2, dim=1)]  # patches of 1 x 2 blocks
         assert second[:2] == [12, 82]
@@ -148,11 +149,15 @@ def test_a_profile_is_read_back_from_its_json():
             Profile.from_json(text)
 
 
-def test_masks_of_a_long_run_are_thinned_out_to_its_first_and_last_and_some_between(folder, monkeypatch):
+def test_masks_of_a_long_run_are_thinned_out_to_its_first_and_last_and_some_between(folder):
     run = read(folder)
-    monkeypatch.setattr(report, "FRAMES", 5)
-    steps = report._masks(run)["steps"]
-    changed = [decision.step for decision in run.decisions if decision.changed]
-    assert len(steps) == 5
-    assert (steps[0], steps[-1]) == (changed[0], changed[-1])
-    assert steps == sorted(steps)
+    changed = [place for place, decision in enumerate(run.decisions) if decision.changed]
+    assert run.frames(len(changed)) == changed
+    places = run.frames(5)
+    assert len(set(places)) == 5
+    assert (places[0], places[-1]) == (changed[0], changed[-1])
+    assert places == sorted(places)
+    assert set(places) <= set(changed)
+    for name in run.gates:
+        every = run.masks(name, range(len(run.decisions)))
+        assert all(torch.equal(mask, every[place]) for place, mask in zip(places, run.masks(name, places), strict=True))
