@@ -280,7 +280,7 @@ def test_the_installed_command_explains_with_graphs_and_its_logs_can_be_asked_fo
     environment = {**os.environ, "TORCH_LOGS": "+ctrlcompile"}
     done = subprocess.run(command, cwd=script.parent, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("linear ")
+    assert done.stdout.startswith("layer ")
     assert "1 of 2 layers gated" in done.stdout, "64 outputs are two blocks of 32, too few"
     assert "Graph 1 of 1" in done.stdout
     assert "1. gate_linear: " in done.stderr
