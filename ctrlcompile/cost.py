@@ -18,6 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from ctrlcompile.controller.contract import StepCost
+from ctrlcompile.controller.coupling import Coupled
 from ctrlcompile.gate import Gate
 
 Expression: TypeAlias = int | sympy.Expr
@@ -161,12 +162,15 @@ def _scratch(mode: FakeTensorMode) -> Iterator[None]:
 
 @dataclass
 class _Account:
-    """FLOPs of one region under one set of gates, since they were last taken; `gated` keeps the gates alive, so that
-    their ids stay theirs."""
+    """FLOPs of one region under one set of gates, since they were last taken, and how it couples them.
+
+    `gated` keeps the gates alive, so that their ids stay theirs.
+    """
 
     dense: float = 0.0
     used: float = 0.0
     gated: dict[Gate, float] = field(default_factory=dict)
+    coupled: set[Coupled] = field(default_factory=set)
 
 
 class Meter:
@@ -179,20 +183,23 @@ class Meter:
         self.listening = False
         self._accounts: dict[tuple[int, ...], _Account] = {}
 
-    def record(self, cost: BoundCost, gates: Sequence[Gate | None]) -> None:
-        """Notes one training call of a region; `gates` are those of its layers, in order."""
+    def record(self, cost: BoundCost, gates: Sequence[Gate | None], coupled: Coupled | None = None) -> None:
+        """Notes one training call of a region; `gates` are those of its layers, in order, `coupled` says how."""
         account = self._accounts.setdefault(tuple(map(id, gates)), _Account())
         account.dense += cost.dense
         account.used += used_flops(cost, gates)
         for gate, (total, _) in zip(gates, cost.products, strict=True):
             if gate is not None:
                 account.gated[gate] = account.gated.get(gate, 0.0) + total
+        if coupled is not None:
+            account.coupled.add(coupled)
 
     def take(self, owned: Iterable[Gate]) -> StepCost:
         """What the regions of these gates used since they were last taken."""
         mine = set(owned)
         dense = used = 0.0
         gated: dict[Gate, float] = {}
+        coupled: set[Coupled] = set()
         for key, account in list(self._accounts.items()):
             if account.gated and not mine & account.gated.keys():
                 continue
@@ -200,7 +207,8 @@ class Meter:
             dense, used = dense + account.dense, used + account.used
             for gate, flops in account.gated.items():
                 gated[gate] = gated.get(gate, 0.0) + flops
-        return StepCost(dense=dense, fixed=dense - sum(gated.values()), gated=gated, used=used)
+            coupled |= account.coupled
+        return StepCost(dense, dense - sum(gated.values()), gated, used, coupled)
 
 
 def used_flops(cost: BoundCost, gates: Sequence[Gate | None]) -> float:

@@ -17,10 +17,12 @@ from torch._guards import TracingContext
 
 from ctrlcompile import cost, follow, ops, run_log
 from ctrlcompile.blocks import Block
+from ctrlcompile.controller.coupling import Coupled, Coupling
 from ctrlcompile.gate import Gate, registry
 from ctrlcompile.layers import find_layers
 from ctrlcompile.options import Options
 from ctrlcompile.passes import Change, passes_for, run
+from ctrlcompile.passes.find_coupling import find_coupling
 from ctrlcompile.passes.graph_edit import copy_graph, scopes
 
 logger = logging.getLogger(__name__)
@@ -70,6 +72,7 @@ class Region:
         self._cost = cost.RegionCost(cost.region_flops(gm), tuple(layer.product for layer in self.layers), symbols)
         gates = self._gates(example_inputs)
         self._variants: dict[Any, Variant] = {_division(gates): self._build(gates, example_inputs)}
+        self._couplings: dict[Division, Coupling | None] = {}
 
     def __call__(self, *args: Any) -> Any:
         gates = self._gates(args)
@@ -78,7 +81,7 @@ class Region:
             parameters = tuple(args[weight.position] for weight in self.weights)
             _watcher.visits.append(Visit(self, variant, parameters, tuple(gates), self._bind(args)))
         elif torch.is_grad_enabled() and cost.meter.listening:
-            cost.meter.record(self._bind(args), self.gates_by_layer(gates))
+            cost.meter.record(self._bind(args), self.gates_by_layer(gates), self._coupled(gates))
             for log in tuple(run_log.graphless):
                 log.see(variant.changes[-1].outlines[1], self.gates_by_node(gates))
         inputs: list[Tensor] = []
@@ -112,6 +115,21 @@ class Region:
         """Those of the gated layers, by the layer's node."""
         pairs = zip(self.layers, self.gates_by_layer(gates), strict=True)
         return {layer.node: gate for layer, gate in pairs if gate is not None}
+
+    def _coupled(self, gates: list[Gate | None]) -> Coupled | None:
+        """How these gates are coupled in this graph; found when a controller first listens."""
+        division = _division(gates)
+        if division not in self._couplings:
+            pairs = list(zip(self.layers, self.gates_by_layer(gates), strict=True))
+            dense = {layer.weight for layer, gate in pairs if gate is None}  # a weight may have a gate for some uses
+            gated = {
+                layer.node: (layer.weight, gate.block)
+                for layer, gate in pairs
+                if gate is not None and layer.weight is not None and layer.weight not in dense
+            }
+            self._couplings[division] = find_coupling(self._gm, gated)
+        coupling = self._couplings[division]
+        return None if coupling is None else (coupling, tuple(gates))
 
     def _bind(self, args: Sequence[Any]) -> cost.BoundCost:
         return self._cost.bind(tuple(int(args[position]) for position in self._size_positions))

@@ -11,7 +11,7 @@ that it is given. Errors are to one side: where the walk is not exact, rows and 
 than in truth, and are never useless.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import networkx as nx
@@ -52,12 +52,12 @@ def find_coupling(gm: fx.GraphModule, layers: Layers) -> Coupling | None:
     """
     walk = _Walk(layers)
     walk.run(gm)
-    graph, row_of = walk.channels.graph, walk.rows
-    rows, columns = sorted(row_of), sorted(walk.columns)
-    carried = nx.subgraph_view(graph, filter_edge=lambda a, b: graph.edges[a, b]["carries"])
-    feeders = _sources(carried, {row_of[place]: at for at, place in enumerate(rows)}, INPUT)
-    readers = _sources(graph.reverse(copy=False), {place: at for at, place in enumerate(columns)}, OUTPUT)
-    feeds, reads = [feeders[place] for place in columns], [readers[row_of[place]] for place in rows]
+    rows, columns = sorted(walk.rows), sorted(walk.columns)
+    of_rows = [walk.rows[place] for place in rows]
+    graph = walk.channels.graph
+    carried = nx.subgraph_view(graph, filter_edge=lambda before, after: graph.edges[before, after]["carries"])
+    feeds = _leading_to(columns, of_rows, INPUT, carried)
+    reads = _leading_to(of_rows, columns, OUTPUT, graph.reverse(copy=False))
     if not any(feeds) and not any(reads):
         return None
     weights = range(1 + max((weight for weight, _ in rows), default=-1))
@@ -65,20 +65,24 @@ def find_coupling(gm: fx.GraphModule, layers: Layers) -> Coupling | None:
     return Coupling(grid[0], grid[1], Sets.from_members(feeds), Sets.from_members(reads))
 
 
-def _sources(graph: nx.DiGraph, members: Mapping[Any, int], other: Any) -> dict[Any, Members]:
-    """For each node the members among what leads to it; None where `other` is among it too."""
-    bits = {node: 1 << at for node, at in members.items()} | {other: 1 << len(members)}
-    found: dict[Any, int] = {}
+def _leading_to(targets: Sequence[Any], members: Sequence[Any], other: Any, graph: nx.DiGraph) -> list[Members]:
+    """For each target, which `members` lead to it; None where `other` does too."""
+    bits = {node: 1 << at for at, node in enumerate([*members, other])}
+    leading: dict[Any, int] = {}
     for node in nx.topological_sort(graph):
-        found[node] = bits.get(node, 0)
+        leading[node] = bits.get(node, 0)
         for before in graph.predecessors(node):
-            found[node] |= found[before]
+            leading[node] |= leading[before]
     sets: dict[int, Members] = {}
-    for mask in set(found.values()):
-        sets[mask] = (
-            None if mask >> len(members) else frozenset(i for i, bit in enumerate(reversed(bin(mask))) if bit == "1")
-        )
-    return {node: sets[mask] for node, mask in found.items()}
+    for found in {leading[target] for target in targets}:
+        sets[found] = None if found & bits[other] else frozenset(_ones(found))
+    return [sets[leading[target]] for target in targets]
+
+
+def _ones(bits: int) -> Iterator[int]:
+    while bits:
+        yield (bits & -bits).bit_length() - 1
+        bits &= bits - 1
 
 
 class _Walk:

@@ -36,6 +36,7 @@ def save(controller: Controller) -> dict[str, Any]:
         "probes": [c._probes.ids.clone(), list(c._probes.counts)],
         "probing": [[probes.ids.clone(), list(probes.counts)] for probes in c._probing],
         "tensors": {name: tensor.clone() for name, tensor in _tensors(c).items()},
+        "coupling": c._lattice.state(),
     }
 
 
@@ -59,6 +60,7 @@ def load(controller: Controller, state: Mapping[str, Any]) -> None:
     c._probing = [
         Probes(ids.to(masks.device, copy=True), list(counts)) for ids, counts in (state["probes"], *state["probing"])
     ]
+    c._lattice.load(state.get("coupling", ()))  # which earlier releases did not know
     c._inbox.collect()
     c._probe(every=True)
     c._left_at = c._densities()
@@ -127,3 +129,5 @@ def _check(c: Controller, state: Mapping[str, Any]) -> None:
         saved = state["tensors"].get(name)
         if saved is None or saved.shape != tensor.shape or saved.dtype != tensor.dtype:
             raise ValueError(f"state: tensor {name!r} is damaged or missing; nothing was changed")
+    if not c._lattice.fits(state.get("coupling", ())):
+        raise ValueError("state: 'coupling' is damaged; nothing was changed")

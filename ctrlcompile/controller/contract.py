@@ -6,11 +6,14 @@ returns a `StepCost` can be its meter; the tests drive it with a simulated model
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from .coupling import Coupled
 
 
 @dataclass(frozen=True)
@@ -22,12 +25,14 @@ class StepCost:
         fixed: the part that gating cannot change.
         gated: for each gate that ran, the FLOPs of its products at density 1 (forward, dgrad if any, wgrad).
         used: what was used: `fixed`, the active blocks and the probes.
+        coupled: how the gates are coupled in each graph that ran.
     """
 
     dense: float
     fixed: float
     gated: Mapping[Any, float] = field(default_factory=dict)
     used: float = 0.0
+    coupled: Collection[Coupled] = ()
 
 
 class Gate(Protocol):

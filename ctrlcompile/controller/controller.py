@@ -14,6 +14,7 @@ from torch import Tensor
 from . import checkpoint
 from .budget import Budget, BudgetError, Ledger
 from .contract import Gate, Log, StepCost
+from .coupling import Lattice
 from .decide import Blocks, Decision, decide, swap_limit
 from .price import Feedback
 from .probes import SPEND, Probes, Rotation
@@ -86,6 +87,7 @@ class Controller:
         self._device = self._list[0].signals.device
         self._heard = self._layout.to(self._device)  # the layout of what the signals are kept in
         self._inbox = Inbox(self._list, self._layout)
+        self._lattice = Lattice(self._list)
         sizes = self._layout.lengths
         self._starts = sizes.cumsum(0) - sizes
         self._least = (sizes * min_density).ceil().long().clamp(min=1)
@@ -198,14 +200,17 @@ class Controller:
         cost = self.meter()
         gated = [float(cost.gated.get(gate, 0.0)) for gate in self._list]
         others = sum(flops * gate.density for gate, flops in cost.gated.items() if gate not in self._own)
-        numbers = [cost.dense, cost.fixed + others, cost.used, *gated]
+        self._lattice.learn(cost.coupled)
+        known = self._lattice.fingerprint
+        numbers = [known, known**2, cost.dense, cost.fixed + others, cost.used, *gated]
         arrived = self._inbox.collect()
         if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
             shared = torch.tensor(numbers, dtype=torch.float64, device=arrived.device)
             dist.all_reduce(arrived)
             dist.all_reduce(shared)
             numbers = shared.tolist()
-        dense, fixed, used, *gated = numbers
+            self._lattice.trusted = numbers[0] ** 2 == dist.get_world_size() * numbers[1]  # all know the same
+        dense, fixed, used, *gated = numbers[2:]
         ran = torch.tensor(gated) > 0
         self._signals.observe(arrived, self._sent(self._probes.ids), self._sent(ran), self._heard)
         if dense <= 0:
@@ -243,6 +248,7 @@ class Controller:
             ledger.forgive()
         allowed = ledger.allowed(self.budget, left or OPEN_ENDED)
         worth = self._signals.benefit(active, self._heard).cpu()
+        worth = self._lattice.weigh(worth, self._blocks.active, cost)
 
         if ramp.progress < 1:
             share = min(0.9, max(0.1, allowed / max(ramp.level, 1e-12)))
@@ -325,8 +331,9 @@ class Controller:
             self._probing = []
             return
         ledger, sizes = self._ledger, self._layout.lengths.tolist()
+        active = self._blocks.active
         self._probing = self._rotation.next(
-            self._blocks.active,
+            active | self._lattice.useless(active),  # of what is useless, nothing is to be learnt
             [g / ledger.gated / size for g, size in zip(ledger.average_gated, sizes, strict=True)],
             self._layout,
             steps=steps,

@@ -20,8 +20,10 @@ any other. Where the constant is 0 no first-order signal could bring the pair ba
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Sequence
+import zlib
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -31,7 +33,7 @@ from .contract import Gate
 OTHER = -1
 TINY = torch.finfo(torch.float64).tiny
 
-Members = frozenset[int] | None  # None: something that no gate switches is among them
+Members: TypeAlias = "frozenset[int] | None"  # None: something that no gate switches is among them
 
 
 @dataclass(frozen=True, eq=False)
@@ -103,11 +105,19 @@ class Coupling:
     reads: Sets
 
 
+Coupled: TypeAlias = tuple[Coupling, tuple[Any, ...]]  # with the gates that it numbers, None where there is none
+
+
 class Lattice:
     """The block rows and columns of a controller's gates, and what is known of their coupling.
 
     Args:
         gates: in the order in which their blocks lie in flat vectors [N].
+
+    Attributes:
+        coupling: what is known; None for nothing.
+        trusted: False while data-parallel replicas know different things: then nothing counts as known.
+        fingerprint: of what is known, below 2**14, so that sums of squares over replicas are exact.
     """
 
     def __init__(self, gates: Sequence[Gate]) -> None:
@@ -118,17 +128,22 @@ class Lattice:
         grids = list(zip(rows, columns, strict=True))
         self._row_of = torch.cat([row.repeat_interleave(column.numel()) for row, column in grids])
         self._column_of = torch.cat([column.repeat(row.numel()) for row, column in grids])
-        self._known: set[Hashable] = set()
+        self._known: set[Coupled] = set()
         self.coupling: Coupling | None = None
+        self.trusted = True
+        self.fingerprint = 0
 
-    def learn(self, coupling: Coupling, gates: tuple[Gate | None, ...]) -> None:
-        """Takes in how gates are coupled in one compiled graph; `gates` are those that it numbers.
+    def learn(self, coupled: Iterable[Coupled]) -> None:
+        """Takes in how gates are coupled in graphs that have run.
 
         What feeds or reads a row or column in any graph counts. Gates of other controllers count as always alive.
         """
-        if (coupling, gates) in self._known:
-            return
-        self._known.add((coupling, gates))
+        for coupling, gates in coupled:
+            if (coupling, gates) not in self._known:
+                self._known.add((coupling, gates))
+                self._join(coupling, gates)
+
+    def _join(self, coupling: Coupling, gates: tuple[Any, ...]) -> None:
         at = {gate: index for index, gate in enumerate(self._gates)}
         number = [None if gate is None else at.get(gate) for gate in gates]
         rows = _renumbering(coupling.rows, self._rows, number)
@@ -140,10 +155,11 @@ class Lattice:
             _joined(coupling.feeds, columns, rows, sum(self._columns), None if before is None else before.feeds),
             _joined(coupling.reads, rows, columns, sum(self._rows), None if before is None else before.reads),
         )
+        self.fingerprint = self._fingerprint()
 
     def useless(self, active: Tensor) -> Tensor:
         """bool [N]: blocks of unfed columns and of unread rows, except those through which a dead pair comes back."""
-        if self.coupling is None:
+        if self.coupling is None or not self.trusted:
             return torch.zeros_like(active)
         rows, columns = self._living(active)
         unfed, unread = self.coupling.feeds.cut_off(rows > 0), self.coupling.reads.cut_off(columns > 0)
@@ -157,7 +173,7 @@ class Lattice:
             active: bool [N].
             cost: float64 [N], of each block if active.
         """
-        if self.coupling is None:
+        if self.coupling is None or not self.trusted:
             return benefit
         rows, columns = self._living(active)
         spent = cost * active
@@ -176,6 +192,11 @@ class Lattice:
             [] if c is None else [t.clone() for sets in (c.feeds, c.reads) for t in (sets.of, sets.sets, sets.members)]
         )
 
+    def fits(self, state: Sequence[Tensor]) -> bool:
+        """Whether `state` is of gates with as many rows and columns."""
+        sizes = [tensor.numel() for tensor in state[::3]]
+        return not state or (len(state) == 6 and sizes == [sum(self._columns), sum(self._rows)])
+
     def load(self, state: Sequence[Tensor]) -> None:
         """Knows again what `state` was made from."""
         self._known.clear()
@@ -183,6 +204,10 @@ class Lattice:
         if state:
             feeds, reads = Sets(*(t.clone() for t in state[:3])), Sets(*(t.clone() for t in state[3:]))
             self.coupling = Coupling(self._rows, self._columns, feeds, reads)
+        self.fingerprint = self._fingerprint()
+
+    def _fingerprint(self) -> int:
+        return zlib.crc32(b"".join(tensor.numpy().tobytes() for tensor in self.state())) % 2**14
 
     def _living(self, active: Tensor) -> tuple[Tensor, Tensor]:
         """How many active blocks each row, each column has."""

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ctrlcompile.controller.contract import StepCost
+from ctrlcompile.controller.coupling import Coupled, Coupling, Members, Sets
 
 WGRAD = 1 / 3
 
@@ -91,12 +92,32 @@ class Meter:
 
     def __init__(self, gates: list[FakeGate], fixed: float) -> None:
         self.gates, self.fixed, self.rows = gates, fixed, 1.0
+        self.coupled: tuple[Coupled, ...] = ()
 
     def __call__(self) -> StepCost:
         gated = {gate: 6.0 * self.rows * gate.shape[0] * gate.shape[1] for gate in self.gates}
         fixed = self.rows * self.fixed
         used = fixed + sum(f * (gate.active_area + WGRAD * gate.probed_area) for gate, f in gated.items())
-        return StepCost(dense=fixed + sum(gated.values()), fixed=fixed, gated=gated, used=used)
+        return StepCost(fixed + sum(gated.values()), fixed, gated, used, self.coupled)
+
+
+def chained(gates: list[FakeGate]) -> Coupled:
+    """Each gate feeds the next, channel by channel; blocks of the two may be of different sizes."""
+    feeds: list[Members] = [None] * gates[0].grid[1]
+    reads: list[Members] = []
+    rows, columns = 0, gates[0].grid[1]
+    for before, after in itertools.pairwise(gates):
+        assert before.shape[0] == after.shape[1]
+        (r, _), (_, c) = before.block, after.block
+        touching = [
+            [i * r < (j + 1) * c and j * c < (i + 1) * r for j in range(after.grid[1])] for i in range(before.grid[0])
+        ]
+        reads += [frozenset(columns + j for j, touches in enumerate(row) if touches) for row in touching]
+        feeds += [frozenset(rows + i for i, row in enumerate(touching) if row[j]) for j in range(after.grid[1])]
+        rows, columns = rows + before.grid[0], columns + after.grid[1]
+    reads += [None] * gates[-1].grid[0]
+    grids = zip(*(gate.grid for gate in gates), strict=True)
+    return Coupling(*grids, Sets.from_members(feeds), Sets.from_members(reads)), tuple(gates)
 
 
 class Plant:

@@ -4,7 +4,7 @@ import sys
 
 import torch
 import torch.distributed as dist
-from plant import Plant
+from plant import Plant, chained
 
 from ctrlcompile import run_log
 from ctrlcompile.controller import Controller
@@ -16,7 +16,9 @@ plant = Plant([(64, 64), (64, 48)], noise=1.0)
 plant.generator.manual_seed(rank)  # the same blocks are useful, the noise is each replica's own
 controller = Controller(plant.gates, plant.meter, 0.4, 80)
 controller.log = run_log.start(f"{out}.log", controller)
-for _ in range(80):
+for step in range(80):
+    if step == 20 * rank:  # one replica runs a graph that couples its gates earlier than the other
+        plant.meter.coupled = (chained(list(plant.gates.values())),)
     plant.train_step(rows=1 + rank)
     controller.step()
 torch.save({"masks": [gate.mask for gate in plant.gates.values()], "state": controller.state_dict()}, out)

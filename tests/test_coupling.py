@@ -1,0 +1,68 @@
+"""Coupling from the compiled graph to the controller: what is useless goes, region by region and model by model."""
+
+import pytest
+import torch
+from torch import nn
+
+import ctrlcompile as cc
+
+from .small_models import MLP
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+STEPS = 80
+ONE_LINE = {"budget": 0.4, "total_steps": STEPS, "block": 8}
+
+
+class Muted(MLP):
+    """The first units of the hidden layer are constant, whatever the rows that compute them."""
+
+    def __init__(self, muted: int) -> None:
+        super().__init__(64, 96, 64)
+        self.register_buffer("heard", (torch.arange(96) >= muted).float())
+
+    def forward(self, x):
+        return self.fc2(torch.relu(self.fc1(x)) * self.heard + (1 - self.heard))
+
+
+class Broken(MLP):
+    """The graph breaks between the two layers."""
+
+    def forward(self, x):
+        hidden = torch.relu(self.fc1(x))
+        torch._dynamo.graph_break()
+        return self.fc2(hidden)
+
+
+def train(model, steps=STEPS):
+    optimizer = torch.optim.AdamW(model.parameters(), 3e-3)
+    run = torch.compile(model, backend="ctrlprune", options=ONE_LINE)
+    teacher = torch.randn(64, 64) / 8
+    for _ in range(steps):
+        x = torch.randn(32, 64)
+        optimizer.zero_grad()
+        (run(x) - x @ teacher).square().mean().backward()
+        optimizer.step()
+    return cc.controller_of(optimizer)
+
+
+def test_the_columns_of_units_without_living_rows_end_up_off_and_the_run_lands():
+    model = Muted(24)
+    controller = train(model)
+    first, second = (gate.mask for gate in cc.gates(model).values())
+    assert not first[:3].any(), "their gradient is zero, so their rows went"
+    assert second[:, :3].sum() <= 2, "and what reads them, although a constant has a gradient"
+    assert second[:, 3:].float().mean() > 0.2
+    assert controller.flops_used / controller.flops_dense == pytest.approx(0.4, rel=0.01)
+
+
+def test_two_instances_of_one_class_are_each_coupled_with_themselves():
+    models = [nn.Sequential(nn.Linear(64, 96), nn.ReLU(), nn.Linear(96, 64)) for _ in range(2)]
+    states = [train(model, 2).state_dict()["coupling"] for model in models]
+    feeds = [tensor.tolist() for tensor in states[0][:3]]
+    assert feeds == [[-1] * 8 + list(range(12)), list(range(12)), list(range(12))]
+    assert all(map(torch.equal, states[0], states[1]))
+
+
+def test_layers_of_different_graphs_are_not_coupled():
+    assert train(Broken(64, 96, 64), 2).state_dict()["coupling"] == []
