@@ -12,7 +12,7 @@ from ctrlcompile.controller import Controller
 rank, store, out = int(sys.argv[1]), sys.argv[2], sys.argv[3]
 torch.set_num_threads(1)
 dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
-plant = Plant([(64, 64), (64, 48)], noise=1.0)
+plant = Plant([(64, 48), (64, 64)], noise=1.0)
 plant.generator.manual_seed(rank)  # the same blocks are useful, the noise is each replica's own
 controller = Controller(plant.gates, plant.meter, 0.4, 80)
 controller.log = run_log.start(f"{out}.log", controller)
