@@ -66,3 +66,14 @@ def test_two_instances_of_one_class_are_each_coupled_with_themselves():
 
 def test_layers_of_different_graphs_are_not_coupled():
     assert train(Broken(64, 96, 64), 2).state_dict()["coupling"] == []
+
+
+def test_convolutions_are_coupled_through_batch_norm():
+    model = nn.Sequential(nn.Conv2d(32, 40, 3), nn.BatchNorm2d(40), nn.ReLU(inplace=True), nn.Conv2d(40, 32, 1))
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    run = torch.compile(model, backend="ctrlprune", options=ONE_LINE)
+    run(torch.randn(2, 32, 6, 6)).square().mean().backward()
+    optimizer.step()
+    state = cc.controller_of(optimizer).state_dict()["coupling"]
+    assert [tensor.tolist() for tensor in state[:3]] == [[-1] * 4 + list(range(5)), list(range(5)), list(range(5))]
+    assert [tensor.tolist() for tensor in state[3:]] == [list(range(5)) + [-1] * 4, list(range(5)), list(range(4, 9))]
