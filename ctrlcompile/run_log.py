@@ -90,6 +90,7 @@ class RunLog:
             former.close()
             former._lost = True
         self._file = _open(folder)
+        weakref.finalize(self, self._file.close)
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
