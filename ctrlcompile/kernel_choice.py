@@ -28,19 +28,18 @@ from ctrlcompile.kernels.window import Window, channels_last
 class Family:
     """The kernels of one kind of layer: modules of `ctrlcompile.kernels` with the same verbs.
 
-    `gpu` is None where there are none yet: then such layers stay dense there. `tried_on` is the window of the smallest
-    layer that they are tried on before they are relied on, 3 taps wide; None for linears.
+    `tried_on` is the window of the smallest layer that they are tried on before they are relied on, 3 taps wide; None
+    for linears.
     """
 
-    layers: str
     cpu: str
-    gpu: str | None
+    gpu: str
     dense: str
     tried_on: Window | None = None
 
 
-LINEAR = Family("linears", "cpu_linear", "triton_linear", "dense_linear")
-CONV = Family("convolutions", "cpu_conv", None, "dense_conv", Window((1, 1), ((1, 1), (1, 1)), (1, 1)))
+LINEAR = Family("cpu_linear", "triton_linear", "dense_linear")
+CONV = Family("cpu_conv", "triton_conv", "dense_conv", Window((1, 1), ((1, 1), (1, 1)), (1, 1)))
 
 # family, device, input, weight, block, activation
 Types = tuple[Family, torch.device, torch.dtype, torch.dtype, Block, str]
@@ -183,7 +182,8 @@ def _compute(
     if window is not None:
         arguments = (*arguments, window) if input_size is None else (*arguments, window, input_size)
     try:
-        if (kernel := _kernel(role, moving, weight, lists, block, activation, family)) is not None:
+        size = input_size or tuple(arguments[role == "wgrad"].shape[2:])
+        if (kernel := _kernel(role, moving, weight, lists, block, activation, window, size)) is not None:
             return getattr(kernel, role)(*arguments)
     except KernelBuildError as error:
         _give_up(_types(family, weight.device, moving.dtype, weight.dtype, block, activation), error)
@@ -212,8 +212,6 @@ def _unsupported(types: Types) -> str | None:
     reason: str | None = f"no kernels for device type {device.type!r}"
     if device.type == "cpu":
         reason = _module(family.cpu).supported(x_dtype, weight_dtype, block)
-    elif device.type == "cuda" and family.gpu is None:
-        reason = f"no GPU kernels for {family.layers} yet"
     elif device.type == "cuda":
         reason = _module(family.gpu).supported(x_dtype, weight_dtype, block, device)
     return reason
@@ -221,23 +219,26 @@ def _unsupported(types: Types) -> str | None:
 
 def _kernel(
     role: str, x: Tensor, weight: Tensor, lists: BlockLists, block: Block, activation: str = "none",
-    family: Family = LINEAR,
+    window: Window | None = None, input_size: tuple[int, ...] = (),
 ) -> Any:  # fmt: skip
     """The module to compute a call with; None where no kernel of the family can run."""
-    device = weight.device
+    device, family = weight.device, family_of(window, weight.shape[2:])
     if why_no_kernel(device, x.dtype, weight.dtype, block, activation, family=family) is not None:
         return None
     if device.type == "cpu":
         return _module(family.cpu)
     gate = registry.with_lists(lists.crow_indices)
-    if gate is not None and gate.density > _crossover(role, x, weight, block, family):
+    if gate is not None and gate.density > _crossover(role, x, weight, block, window, input_size):
         return _module(family.dense)
     return _module(family.gpu)
 
 
-def _crossover(role: str, x: Tensor, weight: Tensor, block: Block, family: Family) -> float:
-    n, k = weight.shape
-    return float(_module(family.gpu).crossover(role, x.dtype, block, x.shape[0], n, k, weight.device))
+def _crossover(
+    role: str, x: Tensor, weight: Tensor, block: Block, window: Window | None, input_size: tuple[int, ...]
+) -> float:
+    family, shape, rows = family_of(window, weight.shape[2:]), tuple(weight.shape), x.shape[0]
+    sizes = (rows, *shape) if window is None else (rows, input_size, shape, window)
+    return float(_module(family.gpu).crossover(role, x.dtype, block, *sizes, weight.device))
 
 
 def _give_up(types: Types, error: KernelBuildError) -> str:

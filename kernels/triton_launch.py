@@ -7,6 +7,7 @@ import contextlib
 import functools
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -21,6 +22,8 @@ from .triton_wgrad import Wgrad, WgradTile
 from .triton_window import Walk
 
 Lists = tuple[Tensor, Tensor, Tensor]  # offsets, indices, order
+
+_PLACES = 1 << 31  # that 32 bits tell apart
 
 
 class Images(NamedTuple):
@@ -134,6 +137,33 @@ def run_wgrad(
             given = [place[name] for name in triton_wgrad.FINISH_PARAMETERS]
             module.finish[(math.prod(lists.grid), taps)](*given, num_warps=8)
     return grad_weight, signals.sum(0) if taps > 1 else signals[0]
+
+
+def convolve_rows(
+    kernel: Rows, tile: RowsTile, x: Tensor, weight: Tensor, bias: Tensor | None, lists: Lists, y: Tensor, z: Tensor
+) -> None:
+    """`run_rows` on images `[N, C, *size]`, of which y and z are channels-last, and a weight `[O, I/groups, *taps]`."""
+    images = Images(x.shape[0], tuple(x.shape[2:]), tuple(y.shape[2:]))
+    x, y, z = _pixels(x), _pixels(y), _pixels(z) if kernel.keeps_z else z
+    weight = weight.movedim(1, -1).contiguous().flatten(1)
+    kernel = replace(kernel, wide=max(x.shape[0] * x.stride(0), y.numel()) >= _PLACES)
+    run_rows(kernel, tile, x, weight, bias, lists, y, z, images)
+
+
+def convolve_wgrad(
+    kernel: Wgrad, tile: WgradTile, grad_z: Tensor, x: Tensor, weight: Tensor, lists: BlockLists, probes: Tensor
+) -> tuple[Tensor, Tensor]:
+    """`run_wgrad` on images `[N, C, *size]` and a weight `[O, I/groups, *taps]`, as which the gradient comes back."""
+    images, shape = Images(x.shape[0], tuple(x.shape[2:]), tuple(grad_z.shape[2:])), weight.shape
+    grad_z, x, weight = _pixels(grad_z), _pixels(x), readable(weight.flatten(1))
+    kernel = replace(kernel, wide=x.shape[0] * x.stride(0) >= _PLACES)
+    grad_weight, signals = run_wgrad(kernel, tile, grad_z, x, weight, lists, probes, images)
+    return grad_weight.view(shape), signals
+
+
+def _pixels(images: Tensor) -> Tensor:
+    """Pixels by channels: a view of channels-last images, and of a slice of their channels."""
+    return readable(images.movedim(1, -1).flatten(0, -2))
 
 
 @functools.cache

@@ -41,10 +41,9 @@ def source(kernel: Rows, tile: RowsTile) -> str:
     bases, loads = ("", _descriptor_loads(kernel)) if tile.descriptors else _pointer_loads(kernel, packed)
     per_block = f"({kernel.walk.count} * PARTS)" if kernel.walk else "PARTS"
     first, following, stride = _PACKED if packed else _SINGLE
-    sizes = ", ".join(f'"{name}"' for name in (kernel.walk.parameters if kernel.walk else ["m"]))
     body = f"""{_BLOCKS_BEFORE * _shares_lists(kernel)}
 
-@triton.jit(do_not_specialize=[{sizes}])
+{decorator(kernel.walk.parameters if kernel.walk else ["m"])}
 def rows_product(
 {textwrap.fill(", ".join(parameters(kernel, tile)), 112, initial_indent="    ", subsequent_indent="    ")}
 ):
@@ -74,6 +73,16 @@ import triton
 import triton.language as tl
 
 {named}{body}'''
+
+
+def decorator(varying: Sequence[str]) -> str:
+    """Of a kernel that is compiled once for all values of these parameters."""
+    names = ", ".join(f'"{name}"' for name in varying)
+    line = f"@triton.jit(do_not_specialize=[{names}])"
+    if len(line) <= 120:
+        return line
+    names = textwrap.fill(names, 112, initial_indent="        ", subsequent_indent="        ")
+    return f"@triton.jit(\n    do_not_specialize=[\n{names},\n    ]\n)"
 
 
 def _shares_lists(kernel: Rows) -> bool:
@@ -174,8 +183,8 @@ def _pointer_loads(kernel: Rows, packed: bool) -> tuple[str, str]:
     if walk:
         before = walk.starts()
         loop = walk.tap("(chunk + mine) // PARTS" if packed else "chunk // PARTS")
-        seen = walk.seen(packed)
-        x_mask = [f"({' & '.join(seen)})" + "[:, None]" * (not packed)] * bool(seen)
+        loop += walk.seen(packed)
+        x_mask = [f"({walk.mask})" + "[:, None]" * (not packed)] * bool(walk.mask)
     else:
         before = ["x += row.to(tl.int64) * x_stride", "x_rows = tl.minimum(rows, m - 1 - row) * x_stride"]
         loop, x_mask = [], []

@@ -15,23 +15,21 @@ import functools
 import hashlib
 import json
 import logging
+import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import overload
 
 import torch
 
-from . import build, dense_linear, index_lists, triton_build, triton_device, triton_launch, triton_rows, triton_wgrad
+from . import build, triton_build, triton_clock, triton_device, triton_rows, triton_wgrad
 from .build import KernelBuildError
+from .triton_clock import Clock, Tile
 from .triton_rows import Rows, RowsTile
 from .triton_wgrad import Wgrad, WgradTile
 
 log = logging.getLogger(__name__)
-
-Tile = RowsTile | WgradTile
-# Seconds that a tile takes at a density; without a tile, those of the dense product.
-Clock = Callable[[Tile | None, float], float]
 
 _DENSITY = 0.4  # of the random mask that tiles are compared on
 _LOW, _HIGH = 0.25, 1.0  # of those that the crossover is computed from
@@ -69,7 +67,8 @@ class Case:
         shape = f"m {self.m} outputs {self.outputs} inputs {self.inputs}"
         place = f"{triton_device.of(self.device).name}, triton {triton.__version__}, torch {torch.__version__}"
         partial = " partial" if isinstance(self.kernel, Rows) and self.kernel.partial else ""
-        return f"{self.kernel.name}{partial} {shape}{' aligned' if self.aligned else ''} on {place}"
+        images = f" over {self.kernel.window} of {self.size}" if self.size else ""
+        return f"{self.kernel.name}{partial} {shape}{images}{' aligned' if self.aligned else ''} on {place}"
 
 
 @dataclass(frozen=True)
@@ -105,13 +104,13 @@ def choose(
     return _choice(_case(kernel, m, outputs, inputs, aligned, device, size)).tile
 
 
-def crossover(kernel: Rows | Wgrad, m: int, outputs: int, inputs: int, device: torch.device) -> float:
+def crossover(kernel: Rows | Wgrad, m: int, outputs: int, inputs: int, device: torch.device, size: Size = ()) -> float:
     """The density, 0 to 1, above which the framework's dense product is faster than the kernel.
 
     1 where nothing was timed. For contiguous tensors. Raises KernelBuildError when no candidate runs.
     """
-    aligned = all(size * kernel.dtype.itemsize % 16 == 0 for size in (outputs, inputs))
-    return _choice(_case(kernel, m, outputs, inputs, aligned, device)).crossover
+    aligned = not size and all(width * kernel.dtype.itemsize % 16 == 0 for width in (outputs, inputs))
+    return _choice(_case(kernel, m, outputs, inputs, aligned, device, size)).crossover
 
 
 def decide(tiles: Sequence[Tile], clock: Clock) -> Choice:
@@ -192,49 +191,12 @@ def _choice(case: Case) -> Choice:
 def _may_time(case: Case) -> bool:
     if case.device.type != "cuda" or os.environ.get("CTRLCOMPILE_TUNE") == "0":
         return False
-    small = 2 * case.m * case.outputs * case.inputs < _WORTH_TUNING
+    small = 2 * case.m * case.outputs * case.inputs * math.prod(case.kernel.taps) < _WORTH_TUNING
     return not small and not torch.cuda.is_current_stream_capturing()
 
 
 def _device_clock(case: Case) -> Clock:
-    """Times on the case's device, with random numbers of its own: the framework's random state stays as it is."""
-    from triton.testing import do_bench
-
-    kernel = case.kernel
-    random = torch.Generator(case.device).manual_seed(0)
-
-    def normal(rows: int, columns: int) -> torch.Tensor:
-        return torch.randn(rows, columns, generator=random, device=case.device, dtype=kernel.dtype)
-
-    forward = isinstance(kernel, Rows) and kernel.transposed
-    shape = (case.outputs, case.inputs)
-    weight = normal(*(shape if forward or isinstance(kernel, Wgrad) else shape[::-1]))
-    x = normal(case.m, case.inputs)
-    y = normal(case.m, case.outputs)
-    no_probes = torch.empty(0, dtype=torch.int32, device=case.device)
-    block = (kernel.outputs, kernel.inputs)
-
-    def clock(tile: Tile | None, density: float) -> float:
-        grid = index_lists.grid_shape((case.outputs, case.inputs), block)
-        lists = index_lists.build(torch.rand(grid, generator=random, device=case.device) < density)
-
-        def ours() -> None:
-            if isinstance(kernel, Rows) and isinstance(tile, RowsTile):
-                order = (lists.crow_indices, lists.col_indices, lists.row_order)
-                triton_launch.run_rows(kernel, tile, x, weight, None, order, y, y)
-            elif isinstance(kernel, Wgrad) and isinstance(tile, WgradTile):
-                triton_launch.run_wgrad(kernel, tile, y, x, weight, lists, no_probes)
-
-        def dense() -> None:
-            if isinstance(kernel, Wgrad):
-                dense_linear.wgrad(y, x, weight, lists, no_probes, block)
-            else:
-                torch.mm(x, weight.t() if forward else weight, out=y)
-
-        with torch.cuda.device(case.device), torch.no_grad():
-            return do_bench(dense if tile is None else ours, warmup=10, rep=40, return_mode="median") / 1e3
-
-    return clock
+    return triton_clock.clock_on(case.device, case.kernel, case.m, case.outputs, case.inputs, case.size)
 
 
 def _path(case: Case) -> str:

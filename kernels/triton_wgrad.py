@@ -20,6 +20,7 @@ import torch
 
 from .triton_device import Device, shortlist
 from .triton_rows import DTYPES
+from .triton_rows_text import decorator
 from .triton_wgrad_text import (
     ADD_SIGNALS,
     FINISH,
@@ -119,12 +120,17 @@ def fits(kernel: Wgrad, tile: WgradTile, device: Device) -> bool:
     out, into = kernel.sides
     if kernel.swapped and not device.warp_group_products and into * tile.group > 32 * tile.warps:
         return False  # columns of x are read into registers besides
-    if out * into > 64 * 32 * tile.warps:  # a block's gradient is stored at once, which takes registers besides
+    if out * into > _stored_at_once(kernel, tile):  # a block's gradient is, which takes registers besides
         return False
     # Hopper's products add to registers and need few others; sums in tensor memory come to registers all at once.
-    most = 128 if device.capability[0] == 9 and kernel.dtype != torch.float32 else 64
-    sums = out * into * tile.group / (32 * tile.warps)  # registers of a thread
-    return sums <= most and _resident(kernel, tile, device) > 0
+    most = 128 if device.capability[0] == 9 and kernel.dtype != torch.float32 else 64  # of a thread
+    most = min(most * 32 * tile.warps, 2 * _stored_at_once(kernel, tile))
+    return out * into * tile.group <= most and _resident(kernel, tile, device) > 0
+
+
+def _stored_at_once(kernel: Wgrad, tile: WgradTile) -> int:
+    """How many sums a program may store in one go; those of a convolution lie apart, and take an address each."""
+    return (32 if kernel.walk and tile.splits == 1 else 64) * 32 * tile.warps
 
 
 def shared_bytes(kernel: Wgrad, tile: WgradTile) -> int:
@@ -149,7 +155,8 @@ def _tiles(kernel: Wgrad, m: int, inputs: int, device: Device) -> list[WgradTile
             with_descriptors = half and device.descriptors and into >= 64 and group <= 4 and not kernel.walk
             for way in (True, False) if with_descriptors else (False,):
                 for splits in _SPLITS if not kernel.walk else _SPLITS_OF_PIXELS:
-                    if splits == 1 or m >= 256 * splits:
+                    # Sums of wide blocks of a convolution are too many to store unless they are split.
+                    if splits == 1 or m >= 256 * splits or (kernel.walk and splits == 2):
                         tiles.append(replace(tile, descriptors=way, splits=splits))
     return list(dict.fromkeys(tiles))
 
@@ -220,7 +227,7 @@ def source(kernel: Wgrad, tile: WgradTile) -> str:
     split, walk = tile.splits > 1, kernel.walk
     counts = [*(walk.parameters if walk else ["m"]), "probed", *["splits"] * split]
     body = f"""
-@triton.jit(do_not_specialize=[{", ".join(f'"{name}"' for name in counts)}])
+{decorator(counts)}
 def weight_gradient(
 {textwrap.fill(", ".join(parameters(kernel, tile)), 112, initial_indent="    ", subsequent_indent="    ")}
 ):
@@ -297,7 +304,9 @@ def _pointer_sums(kernel: Wgrad, split: bool) -> str:
         if kernel.window.groups > 1:
             lines += ["x += r // (outputs // BLOCK_OUT // groups) * inputs"]
         from_, x, following = walk.rows(), "x + (x_rows[:, None] + x_column[None, :])", walk.advance()
-        x_mask += walk.seen(vectors=True)
+        x_mask += [walk.mask] * bool(walk.mask)
+        from_ += [*walk.seen(vectors=True), f"x_mask = {' & '.join(x_mask)}"]
+        x_mask = ["x_mask"]
     else:
         lines += ["x_tile = (rows * x_stride)[:, None] + column[None, :]"]
         lines += ["x += row_first.to(tl.int64) * x_stride"] * split
@@ -353,7 +362,7 @@ def _descriptor_sums(kernel: Wgrad, tile: WgradTile) -> str:
 def _store_group(kernel: Wgrad, tile: WgradTile) -> str:
     """Stores and signals of all blocks; of many sums per thread, half by half, which takes half the registers."""
     out, into = kernel.sides
-    halves = out * into * tile.group > 64 * 32 * tile.warps
+    halves = out * into * tile.group > _stored_at_once(kernel, tile)
     store = STORE_SPLIT if tile.splits > 1 else STORE + SIGNALS_OF_GROUP.replace("GROUP", "HALF" if halves else "GROUP")
     if not halves:
         return "    acc = tl.trans(acc)\n" * kernel.swapped + store

@@ -145,8 +145,10 @@ class Walk:
         return lines
 
     def rows(self) -> list[str]:
-        """Sets `x_rows` and the coordinates of the windows. Rows carried from one iteration to the next would take more
-        registers than they save instructions, so that only the first one is; quotients are at most 1 too small."""
+        """Sets `x_rows` and the coordinates of the windows, from where the first row is in y.
+
+        Coordinates of all rows, carried from one iteration to the next, would take registers that there are not.
+        """
         lines, at = [], "rows"
         for axis in reversed(self.axes):
             name, size = axis.name, f"y_{axis.name}"
@@ -154,8 +156,9 @@ class Walk:
                 f"at = {name}_0 + {at}",
                 f"over = tl.umulhi(at.to(tl.uint32), {name}_part).to(tl.int32)",
                 f"at -= over * {size}",
-                f"more = (at >= {size}).to(tl.int32)",
-                f"{name}_from = {_plus(_times(f'(at - more * {size})', axis.stride), -axis.before)}",
+                f"more = (at >= {size}).to(tl.int32)",  # the product with a reciprocal is at most 1 too small
+                f"at -= more * {size}",
+                f"{name}_from = {_plus(_times('at', axis.stride), -axis.before)}",
             ]
             at = "over + more"
         return [*lines, f"pixel = image + {at}", f"x_rows = ({self.x_pixel('pixel')}) * x_stride"]
@@ -191,23 +194,32 @@ class Walk:
         return [*lines, f"move = {_nested(moves, [f'x_{axis.name}' for axis in self.axes])}"]
 
     def seen(self, vectors: bool) -> list[str]:
-        """What must hold for a tap to lie inside x; `vectors`: for each row and each of several taps, not for one."""
+        """Says along each axis whether a tap lies inside x: of each row, and with `vectors` each of several taps."""
         rows, taps = ("[:, None]", "[None, :]") if vectors else ("", "")
         return [
-            f"(({axis.name}_from{rows} + {axis.name}_move{taps}).to(tl.uint32) < x_{axis.name})"
-            for axis in self.axes
-            if axis.before or axis.after or not self.forward
+            f"{axis.name}_seen = ({axis.name}_from{rows} + {axis.name}_move{taps}).to(tl.uint32) < x_{axis.name}"
+            for axis in self._bounded
         ]
+
+    @property
+    def mask(self) -> str:
+        """Whether all axes say so, as an expression; empty where no tap can lie outside."""
+        return " & ".join(f"{axis.name}_seen" for axis in self._bounded)
+
+    @property
+    def _bounded(self) -> list[Axis]:
+        return [axis for axis in self.axes if axis.before or axis.after or not self.forward]
 
     def places(self) -> list[str]:
         """Sets `place`, the pixel of y that each row is, where rows of a phase are not neighbours."""
-        lines, places = ["pixel = row + rows"], []
+        lines = ["pixel = row + rows"]
         for axis in reversed(self.axes):
             lines += [f"{axis.name}_to = pixel % {self._rows(axis)}", f"pixel = pixel // {self._rows(axis)}"]
+        lines.append("place = pixel")
         for axis in self.axes:
             far = f" * {axis.stride} + {axis.name}_phase" if axis in self.phased else ""
-            places.append(f"{axis.name}_to{far}")
-        return [*lines, f"place = {_nested(['pixel', *places], ['', *(f'y_{axis.name}' for axis in self.axes)])}"]
+            lines.append(f"place = place * y_{axis.name} + {axis.name}_to{far}")
+        return lines
 
     def x_pixel(self, image: str) -> str:
         """The pixel of x at `<axis>_from` in an image, as an expression."""

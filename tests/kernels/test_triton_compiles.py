@@ -12,6 +12,7 @@ from ctrlcompile.kernels import triton_rows, triton_wgrad
 from ctrlcompile.kernels.triton_device import A100, B200, H100
 from ctrlcompile.kernels.triton_rows import Rows
 from ctrlcompile.kernels.triton_wgrad import Wgrad
+from ctrlcompile.kernels.window import Window
 
 pytest.importorskip("triton")
 
@@ -20,14 +21,18 @@ from .compiled import compile_kernel
 HALF, FLOAT = torch.bfloat16, torch.float32
 DEVICES = {"sm_80": A100, "sm_90": H100, "sm_100": B200}
 SIDES = (16, 32, 48, 64, 80, 96, 112, 128)
+SAME = {"taps": (3, 3), "window": Window((1, 1), ((1, 1), (1, 1)), (1, 1))}
+STRIDED = {"taps": (3, 3), "window": Window((2, 2), ((1, 1), (1, 1)), (1, 1))}
+GROUPED = {"taps": (3, 3), "window": Window((1, 1), ((1, 1), (1, 1)), (1, 1), 2)}
 
 
-def kernels(block, dtype, precision="ieee"):
+def kernels(block, dtype, precision="ieee", **convolution):
     out, into = block
+    activation = "relu" if convolution else "gelu"
     return {
-        "forward": Rows(out, into, True, dtype, "gelu", True, False, precision),
-        "dgrad": Rows(into, out, False, dtype, precision=precision),
-        "wgrad": Wgrad(out, into, dtype, precision),
+        "forward": Rows(out, into, True, dtype, activation, True, False, precision, **convolution),
+        "dgrad": Rows(into, out, False, dtype, precision=precision, **convolution),
+        "wgrad": Wgrad(out, into, dtype, precision, **convolution),
     }
 
 
@@ -48,14 +53,24 @@ def chosen():
     for precision in ("ieee", "tf32"):
         for role, kernel in kernels((64, 64), FLOAT, precision).items():
             yield "sm_90", f"{precision} {role}", (64, 64), kernel, candidates(kernel, 8192, 4096, H100)[0], H100
+    for name, block, convolution in [
+        ("sm_90", (128, 64), STRIDED),
+        ("sm_90", (64, 64), SAME),
+        ("sm_80", (64, 64), SAME),
+    ]:
+        for role, kernel in kernels(block, HALF, **convolution).items():
+            tile = candidates(kernel, 1 << 16, 256, DEVICES[name])[0]
+            yield name, f"{kernel.walk.name} {role}", block, kernel, tile, DEVICES[name]
 
 
 def every():
     seen = set()
     for name, device in DEVICES.items():
         for block in ((out, into) for out in SIDES for into in SIDES):
-            for dtype, precision in [(HALF, "ieee"), (torch.float16, "ieee"), (FLOAT, "ieee"), (FLOAT, "tf32")]:
-                for role, kernel in kernels(block, dtype, precision).items():
+            kinds = [(HALF, "ieee", {}), (torch.float16, "ieee", {}), (FLOAT, "ieee", {}), (FLOAT, "tf32", {})]
+            kinds += [(HALF, "ieee", window) for window in (SAME, STRIDED, GROUPED)] + [(FLOAT, "tf32", SAME)]
+            for dtype, precision, convolution in kinds:
+                for role, kernel in kernels(block, dtype, precision, **convolution).items():
                     for m, size, aligned in [
                         (8192, 4096, True),
                         (8192, 4096, False),

@@ -17,7 +17,7 @@ from .problems import FLOAT, FLOAT16, within_budget
 pytest.importorskip("triton")
 
 FEW = settings(
-    deadline=None, max_examples=5, suppress_health_check=[HealthCheck.function_scoped_fixture], print_blob=True
+    deadline=None, max_examples=4, suppress_health_check=[HealthCheck.function_scoped_fixture], print_blob=True
 )
 
 # Shape of x, outputs, taps, window: what differs from a plain 3x3.
@@ -40,13 +40,10 @@ ROWS_TILES = {
     "plain": ((32, 64), RowsTile(16, 64, 4, 3)),
     "swapped": ((64, 32), RowsTile(32, 32, 4, 3, swap=True)),
     "packed": ((32, 16), RowsTile(32, 64, 4, 3)),
-    "packed parts": ((16, 48), RowsTile(16, 64, 4, 3)),
     "parts": ((32, 96), RowsTile(16, 32, 4, 3)),
     "swapped halves": ((64, 32), RowsTile(256, 32, 4, 3, swap=True)),
-    "short groups": ((32, 32), RowsTile(16, 32, 4, 3, group=2)),
 }
 WGRAD_TILES = {
-    "one slot": ((32, 32), WgradTile(16, 1, 4, 3)),
     "several": ((48, 48), WgradTile(16, 4, 4, 3)),
     "more than taps": ((16, 16), WgradTile(32, 16, 4, 3)),
     "split": ((32, 48), WgradTile(16, 2, 4, 3, splits=3)),
@@ -105,7 +102,7 @@ def test_any_window_is_right(interpreter, axes, count, inputs, outputs, groups, 
 def test_every_way_to_sum_over_taps_is_right(interpreter, name):
     block, interpreter.tile = ROWS_TILES[name]
     window = Window((1, 2), ((1, 1), (1, 0)), (1, 1))
-    # Blocks that are cut off, and more pixels than one group of tiles has where groups are short.
+    # Blocks that are cut off, and phases with unequal numbers of pixels.
     problem = ConvProblem.random((2, 104, 3, 7), 72, (3, 2), window, block, 0.5, FLOAT).on(interpreter)
     problem.check_forward("gelu")
     problem.block = block[::-1]

@@ -6,10 +6,11 @@ import json
 import pytest
 import torch
 
-from ctrlcompile.kernels import triton_device, triton_linear, triton_tune
+from ctrlcompile.kernels import triton_conv, triton_device, triton_linear, triton_tune
 from ctrlcompile.kernels.build import KernelBuildError
 from ctrlcompile.kernels.triton_rows import Rows
 from ctrlcompile.kernels.triton_wgrad import Wgrad
+from ctrlcompile.kernels.window import Window
 
 pytest.importorskip("triton")  # whose version is a part of what a choice is kept under
 
@@ -102,9 +103,27 @@ def test_each_role_tells_its_crossover(timed, monkeypatch, role):
     assert (case.kernel.outputs, case.kernel.inputs) == ((64, 128) if role == "dgrad" else (128, 64))
 
 
+@pytest.mark.parametrize(("role", "sizes"), [("forward", (1 << 14, 64, 96)), ("dgrad", (1 << 16, 96, 64))])
+def test_a_convolution_is_tuned_for_its_pixels_and_sizes_rounded_down(timed, monkeypatch, role, sizes):
+    asked = []
+    monkeypatch.setattr(triton_tune, "decide", lambda tiles, clock: triton_tune.Choice(tiles[0], 0.75))
+    monkeypatch.setattr(triton_tune, "_device_clock", asked.append)
+    window = Window((2, 2), ((1, 1), (1, 1)), (1, 1), 2)
+    for size in ((56, 40), (58, 41)):
+        given = (role, torch.bfloat16, (64, 32), 32, size, (64, 48, 3, 3), window, CPU)
+        assert triton_conv.crossover(*given) == 0.75
+    (case,) = asked
+    assert (case.m, case.outputs, case.inputs) == sizes
+    assert case.size == (32, 32)
+    assert (case.kernel.window, case.kernel.taps) == (window, (3, 3))
+
+
 def test_an_unknown_role_is_said():
+    window = Window((2,), ((1, 1),), (1,))
     with pytest.raises(ValueError, match="'backward'; allowed are forward, dgrad and wgrad"):
         triton_linear.crossover("backward", torch.bfloat16, (128, 64), 64, 64, 64, CPU)
+    with pytest.raises(ValueError, match="'backward'; allowed are forward, dgrad and wgrad"):
+        triton_conv.crossover("backward", torch.bfloat16, (128, 64), 4, (8,), (64, 64, 3), window, CPU)
 
 
 @pytest.mark.parametrize("damage", ["", "{", "[]", '{"tile": 1}', "null"])
