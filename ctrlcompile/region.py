@@ -7,6 +7,7 @@ was compiled for (other blocks, other layers), another lowering is built and kep
 
 import contextlib
 import logging
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -127,7 +128,16 @@ class Region:
                 for layer, gate in pairs
                 if gate is not None and layer.weight is not None and layer.weight not in dense
             }
-            self._couplings[division] = find_coupling(self._gm, gated)
+            self._couplings[division] = None
+            try:
+                self._couplings[division] = find_coupling(self._gm, gated)
+            except Exception as error:
+                if self.options.strict:
+                    raise
+                why = f"{type(error).__name__}: {error}"
+                warnings.warn(
+                    f"ctrlcompile judges a graph's layers each by itself: {why}", RuntimeWarning, stacklevel=2
+                )
         coupling = self._couplings[division]
         return None if coupling is None else (coupling, tuple(gates))
 

@@ -77,3 +77,24 @@ def test_convolutions_are_coupled_through_batch_norm():
     state = cc.controller_of(optimizer).state_dict()["coupling"]
     assert [tensor.tolist() for tensor in state[:3]] == [[-1] * 4 + list(range(5)), list(range(5)), list(range(5))]
     assert [tensor.tolist() for tensor in state[3:]] == [list(range(5)) + [-1] * 4, list(range(5)), list(range(4, 9))]
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_a_graph_that_cannot_be_followed_is_one_warning_and_no_coupling(monkeypatch, strict):
+    def fail(*_):
+        raise RuntimeError("no such rule")
+
+    monkeypatch.setattr("ctrlcompile.region.find_coupling", fail)
+    model = MLP(64, 96, 64)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    run = torch.compile(model, backend="ctrlprune", options={**ONE_LINE, "strict": strict})
+    expected = (
+        pytest.raises(RuntimeError) if strict else pytest.warns(RuntimeWarning, match="each by itself.*no such rule")
+    )
+    with expected as seen:
+        for _ in range(3):
+            run(torch.randn(4, 64)).square().mean().backward()
+            optimizer.step()
+    if not strict:
+        assert sum("each by itself" in str(warning.message) for warning in seen) == 1
+        assert cc.controller_of(optimizer).state_dict()["coupling"] == []
