@@ -1,5 +1,7 @@
 """A gated model on a GPU, from torch.compile to the controller: right, under autocast, and without waiting for it."""
 
+import math
+
 import pytest
 import torch
 from torch import nn
@@ -21,8 +23,19 @@ class MLP(nn.Module):
         return self.fc2(nn.functional.gelu(self.fc1(x)))
 
 
-def gated_model(density):
-    model = MLP().to(DEVICE)
+class ConvNet(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv1, self.conv2 = nn.Conv2d(64, 128, 3, padding="same"), nn.Conv2d(128, 128, 3, stride=2, padding=1)
+        self.fc = nn.Linear(128, 64)
+
+    def forward(self, x):
+        x = x.unflatten(1, (64, 2, 2)).repeat(1, 1, 4, 4)
+        return self.fc(self.conv2(nn.functional.relu(self.conv1(x))).mean((2, 3)))
+
+
+def gated_model(kind, density):
+    model = kind().to(DEVICE)
     gates = cc.gates(model, BLOCK)
     for gate in gates.values():
         gate.update_(torch.rand(gate.grid) < density)
@@ -33,10 +46,11 @@ def error(tensor, exact):
     return ((tensor.double() - exact).norm() / exact.norm()).item()
 
 
+@pytest.mark.parametrize("kind", [MLP, ConvNet])
 @pytest.mark.parametrize("density", [0.4, 1.0])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_gradients_and_signals_under_autocast_are_as_good_as_the_dense_models(dtype, density):
-    model, gates, run = gated_model(density)
+def test_gradients_and_signals_under_autocast_are_as_good_as_the_dense_models(dtype, density, kind):
+    model, gates, run = gated_model(kind, density)
     x = torch.randn(192, 256, device=DEVICE)
     results = []
     for call in (run, model):
@@ -45,19 +59,20 @@ def test_gradients_and_signals_under_autocast_are_as_good_as_the_dense_models(dt
             loss = call(x).float().square().sum()
         loss.backward()
         results.append([parameter.grad.clone() for parameter in model.parameters()])
-    exact_model = MLP().to(DEVICE).double()
+    exact_model = kind().to(DEVICE).double()
     exact_model.load_state_dict(model.state_dict())
     exact_model(x.double()).square().sum().backward()
     for name, ours, dense in zip(dict(model.named_parameters()), *results, strict=True):
         exact = exact_model.get_parameter(name).grad
         if name in gates:
             gate = gates[name]
-            entries = index_lists.expand(gate.mask.to(DEVICE), gate.block, gate.shape)
+            entries = index_lists.expand(gate.mask.to(DEVICE), gate.block, ours.shape)
             assert not ours[~entries].any()
             ours, dense, exact = ours[entries], dense[entries], exact[entries]
             weight = exact_model.get_parameter(name)
             products = torch.zeros_like(weight).masked_scatter_(entries, weight[entries] * exact)
-            of_blocks = nn.functional.avg_pool2d(products[None], gate.block)[0] * (gate.block[0] * gate.block[1])
+            entries_of_blocks = products.flatten(1).view(*gate.shape, -1).sum(2)
+            of_blocks = nn.functional.avg_pool2d(entries_of_blocks[None], gate.block)[0] * math.prod(gate.block)
             assert error(gate.signals.grad[0], of_blocks) < 0.05
         assert error(ours, exact) <= 1.1 * error(dense, exact) + 1e-3
 

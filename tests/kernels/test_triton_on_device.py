@@ -3,21 +3,39 @@
 `pytest -m gpu tests/kernels/test_triton_on_device.py`; skipped where there is no CUDA device.
 """
 
+import functools
 import itertools
 
 import pytest
 import torch
 
-from ctrlcompile.kernels import index_lists, reference, triton_linear, triton_tune
+from ctrlcompile.kernels import index_lists, reference, triton_conv, triton_linear, triton_tune
 from ctrlcompile.kernels.triton_rows import Rows
 from ctrlcompile.kernels.triton_wgrad import Wgrad
+from ctrlcompile.kernels.window import Window
 
+from .conv_problems import ConvProblem
 from .problems import Problem
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
 TYPES = [torch.bfloat16, torch.float16, torch.float32]
 SHAPES = [(200, 520, 392, (128, 64)), (77, 200, 328, (64, 64)), (300, 256, 384, (32, 32)), (33, 176, 96, (48, 16))]
+
+# Shape of x, outputs, taps, window, block
+SAME = Window((1, 1), ((1, 1), (1, 1)), (1, 1))
+CONVOLUTIONS = {
+    "3x3": ((3, 136, 14, 13), 200, (3, 3), SAME, (64, 64)),
+    "narrow blocks": ((2, 72, 9, 8), 56, (3, 3), SAME, (32, 16)),
+    "strided": ((2, 128, 15, 14), 136, (3, 3), Window((2, 2), ((1, 1), (1, 1)), (1, 1)), (128, 64)),
+    "one tap, strided": ((2, 64, 8, 9), 128, (1, 1), Window((2, 2), ((0, 0), (0, 0)), (1, 1)), (64, 64)),
+    "strided and dilated": ((2, 64, 17, 15), 64, (3, 2), Window((2, 3), ((2, 1), (0, 2)), (2, 2)), (64, 32)),
+    "groups": ((2, 256, 7, 9), 256, (3, 3), SAME._replace(groups=2), (64, 64)),
+    "odd channels": ((2, 67, 9, 7), 35, (5, 3), Window((1, 1), ((2, 2), (1, 1)), (1, 1)), (32, 32)),
+    "one channel": ((2, 1, 28, 28), 64, (5, 5), Window((2, 2), ((2, 2), (2, 2)), (1, 1)), (64, 16)),
+    "1d": ((4, 96, 200), 128, (5,), Window((2,), ((4, 0),), (1,)), (64, 32)),
+    "3d": ((1, 64, 5, 9, 8), 64, (3, 3, 3), Window((1, 2, 2), ((1, 1),) * 3, (1, 1, 1)), (64, 64)),
+}
 
 
 @pytest.fixture(autouse=True)
@@ -41,6 +59,65 @@ def test_every_role_is_as_accurate_as_dense(m, k, n, block, dtype):
         problem.check_forward("gelu_tanh")
         problem.check_dgrad()
         problem.check_wgrad()
+
+
+def random_convolution(name, density, dtype):
+    return ConvProblem.random(*CONVOLUTIONS[name], density, (dtype, dtype)).on(triton_conv, "cuda")
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("name", CONVOLUTIONS)
+def test_every_role_of_a_convolution_is_as_accurate_as_dense(name, dtype):
+    for density in (0.0, 0.5, 1.0):
+        random_convolution(name, density, dtype).check("gelu_tanh" if dtype != torch.float32 else "relu")
+
+
+@pytest.mark.parametrize("name", ["3x3", "strided", "groups", "narrow blocks"])
+def test_every_candidate_for_a_convolution_computes_the_same(monkeypatch, name):
+    problem = random_convolution(name, 0.5, torch.bfloat16)
+    seen = []
+
+    def candidate(place, kernel, m, outputs, inputs, aligned, device, size):
+        case = triton_tune.Case(kernel, m, outputs, inputs, aligned, device, size)
+        seen.append(case.candidates)
+        return case.candidates[min(len(case.candidates) - 1, place)]
+
+    for place in range(6):
+        monkeypatch.setattr(triton_tune, "choose", functools.partial(candidate, place))
+        problem.check("relu")
+    assert max(map(len, seen)) > 1
+
+
+def test_images_of_another_layout_are_read_all_the_same():
+    problem = random_convolution("3x3", 0.5, torch.bfloat16)
+    problem.x = torch.randn(3, 14, 13, 160, device="cuda").bfloat16().movedim(-1, 1)[:, 8:144]
+    problem.grad_z = problem.grad_z.contiguous()
+    problem.weight = problem.weight.to(memory_format=torch.channels_last)
+    problem.check()
+
+
+def test_images_of_more_than_two_to_the_31_entries():
+    shape = (36, 64, 1000, 1000)  # 4.6 GB
+    problem = ConvProblem.random((1, 64, 8, 8), 64, (3, 3), SAME, (64, 64), 1.0, (torch.bfloat16,) * 2)
+    problem = problem.on(triton_conv, "cuda")
+    x = torch.zeros(shape, dtype=torch.bfloat16, device="cuda", memory_format=torch.channels_last)
+    x[-1] = torch.randn(shape[1:], device="cuda")
+    lists, rest = index_lists.build(problem.mask), (problem.block, problem.window)
+    y, _ = triton_conv.forward(x, problem.weight, None, lists, problem.block, "none", problem.window)
+    last, _ = triton_conv.forward(x[-1:], problem.weight, None, lists, problem.block, "none", problem.window)
+    assert_close(y[-1:], last)
+    assert not y[:-1].any()
+    grad_weight, _ = triton_conv.wgrad(y, x, problem.weight, lists, problem.probes, *rest)
+    alone, _ = triton_conv.wgrad(last, x[-1:], problem.weight, lists, problem.probes, *rest)
+    assert_close(grad_weight, alone)
+    assert_close(
+        triton_conv.dgrad(y, problem.weight, lists, *rest, (1000, 1000))[-1:],
+        triton_conv.dgrad(last, problem.weight, lists, *rest, (1000, 1000)),
+    )
+
+
+def assert_close(ours, other):
+    assert (ours.float() - other.float()).norm() < 1e-2 * other.float().norm()
 
 
 @pytest.mark.parametrize("activation", ["none", "relu", "gelu"])
@@ -157,6 +234,41 @@ def test_tuning_ends_with_a_candidate_and_leaves_the_random_state(monkeypatch, t
     assert 0 <= triton_tune.crossover(kernel, 1024, 1024, 1024, device) <= 1
     assert torch.equal(torch.cuda.get_rng_state(), before)
     assert len(list(tmp_path.glob("tuned_*.json"))) == 1
+
+
+def test_a_captured_graph_of_a_convolution_follows_its_lists():
+    problem = random_convolution("strided", 0.5, torch.bfloat16)
+    lists, size = index_lists.build(problem.mask), tuple(problem.x.shape[2:])
+    x, weight, grad_z, rest = problem.x, problem.weight, problem.grad_z, (problem.block, problem.window)
+
+    def step():
+        y, _ = triton_conv.forward(x, weight, problem.bias, lists, problem.block, "relu", problem.window)
+        grad_x = triton_conv.dgrad(grad_z, weight, lists, *rest, size)
+        return y, grad_x, *triton_conv.wgrad(grad_z, x, weight, lists, problem.probes, *rest)
+
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        step()  # compiles
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    problem.probes.fill_(-1)
+    for density in (0.2, 0.8):
+        index_lists.write_(lists, torch.rand(problem.mask.shape, device="cuda") < density)
+        graph.replay()
+        for ours, direct in zip(captured, step(), strict=True):
+            assert torch.equal(ours, direct)
+
+
+def test_tuning_a_convolution_ends_with_a_crossover(monkeypatch, tmp_path):
+    monkeypatch.delenv("CTRLCOMPILE_TUNE")
+    monkeypatch.setenv("CTRLCOMPILE_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(triton_tune, "_known", {})
+    given = (torch.bfloat16, (64, 64), 16, (28, 28), (128, 128, 3, 3), SAME, torch.device("cuda", 0))
+    for role in ("forward", "dgrad", "wgrad"):
+        assert 0 <= triton_conv.crossover(role, *given) <= 1
+    assert len(list(tmp_path.glob("tuned_*.json"))) == 3
 
 
 def test_a_device_that_is_too_old_is_said(monkeypatch):
