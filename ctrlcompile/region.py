@@ -139,7 +139,7 @@ class Region:
                     f"ctrlcompile judges a graph's layers each by itself: {why}", RuntimeWarning, stacklevel=2
                 )
         coupling = self._couplings[division]
-        return None if coupling is None else (coupling, tuple(gates))
+        return None if coupling is None else (coupling, tuple(gates[: len(coupling.rows)]))
 
     def _bind(self, args: Sequence[Any]) -> cost.BoundCost:
         return self._cost.bind(tuple(int(args[position]) for position in self._size_positions))

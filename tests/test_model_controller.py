@@ -120,6 +120,18 @@ def test_two_models_with_their_own_optimizers_land_each_on_its_own_budget(seed):
     assert share(two) == pytest.approx(0.6, rel=0.01)
 
 
+def test_a_model_whose_last_layer_stays_dense_is_controlled():
+    model = nn.Sequential(nn.Linear(64, 96), nn.ReLU(), nn.Linear(96, 64), nn.ReLU(), nn.Linear(64, 10))
+    optimizer = torch.optim.AdamW(model.parameters(), 3e-3)
+    run = torch.compile(model, backend="ctrlprune", options=ONE_LINE)
+    for _ in range(3):
+        run(torch.randn(32, 64)).square().mean().backward()
+        optimizer.step()
+    controller = cc.controller_of(optimizer)
+    assert list(controller.gates) == ["0.weight", "2.weight"]
+    assert controller.steps == 3
+
+
 def test_micro_batches_and_evaluation_between_steps_still_land(seed):
     run = Run(seed, ONE_LINE)
     for step in range(STEPS):
