@@ -1,14 +1,16 @@
-"""Whole training steps of a GPT: gated against dense, both compiled, alternating in one run.
+"""Whole training steps of a GPT or a ResNet: gated against dense, both compiled, alternating in one run.
 
-    python benchmarks/steps.py                          # 6 layers, 768 wide, 8 sequences of 256, AdamW
+    python benchmarks/steps.py                          # GPT, 6 layers, 768 wide, 8 sequences of 256, AdamW
     python benchmarks/steps.py --width 384 --json FILE
+    python benchmarks/steps.py --model resnet18         # 32 images of CIFAR's size, SGD
     python benchmarks/steps.py --device cuda            # GPT-2's size, 16 sequences of 1024, bfloat16 autocast
 
-A step is forward, backward, AdamW (fused), and the gradients set to None; on a GPU it ends when the device has ended.
+A step is forward, backward, the optimizer, and the gradients set to None; on a GPU it ends when the device has ended.
 Every contestant takes one step in turn, so that a drift of the machine's clock meets all alike; a row's speed-up is the
 median of its time over the dense step's median.
 
-- `inductor`: the dense model, `backend="inductor"`.
+- `inductor`: the dense model, `backend="inductor"`; for a ResNet also with model and images channels-last. The faster
+  one is what all are compared with.
 - `density D`: `backend="ctrlprune"`, random masks of that density, no controller; at 1 every block is active.
 - `controller`: `cc.Controller` on a budget of 0.4, measured after its ramp; also the share of the step that
   `controller.step` takes, and the share of the FLOPs that probes take.
@@ -24,6 +26,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +38,8 @@ from rich.table import Table
 import ctrlcompile as cc
 
 sys.path.append(str(Path(__file__).parents[1] / "examples"))
-from train_gpt import GPT, Shape, adamw
+import train_cifar
+import train_gpt
 
 RAMP_STEPS = 12  # of the controller's short run, before its steps are timed
 # GPT-2 has 50257 symbols; a multiple of 64 suits tensor cores, whichever the contestant.
@@ -43,19 +47,67 @@ SIZES = {
     "cpu": {"layers": 6, "width": 768, "context": 256, "batch": 8, "symbols": 65},
     "cuda": {"layers": 12, "width": 768, "context": 1024, "batch": 16, "symbols": 50304},
 }
+IMAGE, CLASSES = (3, 32, 32), 10
+RESNET_BATCH = {"cpu": 32, "cuda": 512}
+
+Batch = tuple[torch.Tensor, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Work:
+    """What is trained: a model with its optimizer, on the batches that `batch` draws; `layouts` are tried densely."""
+
+    title: str
+    make: Callable[[], tuple[torch.nn.Module, torch.optim.Optimizer]]
+    batch: Callable[[], Batch]
+    layouts: tuple[torch.memory_format, ...] = (torch.contiguous_format,)
+
+
+def gpt(args: argparse.Namespace) -> Work:
+    shape = train_gpt.Shape(args.layers, args.width, args.width // 64, args.context, args.symbols)
+
+    def make() -> tuple[torch.nn.Module, torch.optim.Optimizer]:
+        model = train_gpt.GPT(shape).to(args.device)
+        return model, train_gpt.adamw(model, 1e-3, 1000)[0]
+
+    def batch() -> Batch:
+        window = torch.randint(args.symbols, (args.batch, args.context + 1), device=args.device)
+        return window[:, :-1], window[:, 1:]
+
+    size = f"{args.layers} layers, {args.width} wide, {args.batch} x {args.context} tokens"
+    return Work(f"GPT, {size}, AdamW", make, batch)
+
+
+def resnet18(args: argparse.Namespace) -> Work:
+    channels, depth = train_cifar.MODELS["resnet18"]
+    shape = train_cifar.Shape(channels, depth, IMAGE, CLASSES)
+
+    def make() -> tuple[torch.nn.Module, torch.optim.Optimizer]:
+        model = train_cifar.ResNet(shape).to(args.device)
+        return model, train_cifar.sgd(model, 0.01, 1000)[0]
+
+    def batch() -> Batch:
+        images = torch.randn(args.batch, *IMAGE, device=args.device)
+        return images, torch.randint(CLASSES, (args.batch,), device=args.device)
+
+    title = f"ResNet-18, {args.batch} images of {IMAGE[1]} x {IMAGE[2]}, SGD"
+    return Work(title, make, batch, (torch.contiguous_format, torch.channels_last))
+
+
+WORKS = {"gpt": gpt, "resnet18": resnet18}
 
 
 class Contestant:
     """A model and its training step."""
 
     def __init__(
-        self, shape: Shape, device: torch.device, backend: str, density: float = 1, budget: float | None = None,
-        steps: int = 0,
+        self, work: Work, device: torch.device, backend: str, density: float = 1, budget: float | None = None,
+        steps: int = 0, layout: torch.memory_format = torch.contiguous_format,
     ) -> None:  # fmt: skip
         torch.manual_seed(0)
-        self.device = device
-        self.model = GPT(shape).to(device)
-        self.optimizer, _ = adamw(self.model, 1e-3, 1000)
+        self.device, self.layout = device, layout
+        self.model, self.optimizer = work.make()
+        self.model.to(memory_format=layout)
         self.controller: cc.Controller | None = None
         self.seconds: list[float] = []
         self.controller_seconds: list[float] = []
@@ -68,10 +120,11 @@ class Contestant:
                 gate.update_(torch.rand(gate.grid) < density)
         self.compiled = torch.compile(self.model, backend=backend)
 
-    def step(self, tokens: torch.Tensor, targets: torch.Tensor) -> None:
+    def step(self, inputs: torch.Tensor, targets: torch.Tensor) -> None:
+        inputs = inputs.contiguous(memory_format=self.layout)
         start = self._now()
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
-            loss = self.compiled(tokens, targets)
+            loss = self.compiled(inputs, targets)
         loss.backward()
         self.optimizer.step()
         self.optimizer.zero_grad()
@@ -86,8 +139,8 @@ class Contestant:
     def density(self) -> float:
         """Of the gated weights, by area."""
         gates = cc.gates(self.model).values()
-        area = sum(gate.shape[0] * gate.shape[1] for gate in gates)
-        return sum(gate.active_share * gate.shape[0] * gate.shape[1] for gate in gates) / area if area else 1.0
+        area = sum(gate.weight.numel() for gate in gates)
+        return sum(gate.active_share * gate.weight.numel() for gate in gates) / area if area else 1.0
 
     def _now(self) -> float:
         if self.device.type == "cuda":
@@ -98,53 +151,64 @@ class Contestant:
 def main() -> None:
     args = _arguments()
     device = torch.device(args.device)
-    shape = Shape(args.layers, args.width, args.width // 64, args.context, args.symbols)
-    entrants: dict[str, Callable[[], Contestant]] = {"inductor": lambda: Contestant(shape, device, "inductor")}
+    work = WORKS[args.model](args)
+    entrants: dict[str, Callable[[], Contestant]] = {}
+    for layout in work.layouts:
+        name = "inductor" if layout is torch.contiguous_format else "inductor, channels-last"
+        entrants[name] = functools.partial(Contestant, work, device, "inductor", layout=layout)
+    dense = list(entrants)
     for density in args.densities:
-        entrants[f"density {density:g}"] = functools.partial(Contestant, shape, device, "ctrlprune", density)
+        entrants[f"density {density:g}"] = functools.partial(Contestant, work, device, "ctrlprune", density)
     if not args.no_controller:
-        entrants["controller"] = lambda: Contestant(shape, device, "ctrlprune", budget=0.4, steps=args.steps)
+        entrants["controller"] = lambda: Contestant(work, device, "ctrlprune", budget=0.4, steps=args.steps)
 
     contestants: dict[str, Contestant] = {}
     console, started = Console(stderr=True), time.monotonic()
     for name, make in entrants.items():
-        if len(contestants) >= 2 and time.monotonic() - started > args.seconds:
+        if len(contestants) > len(dense) and time.monotonic() - started > args.seconds:
             break
         torch._dynamo.reset()
         contestants[name] = contestant = make()
         for _ in range(RAMP_STEPS if contestant.controller else 2):
-            contestant.step(*_batch(args))
+            contestant.step(*work.batch())
         contestant.seconds.clear()
         contestant.controller_seconds.clear()
         console.print(f"{name}: compiled")
     for number in range(args.steps):
         for contestant in contestants.values():
-            contestant.step(*_batch(args))
+            contestant.step(*work.batch())
         console.print(f"round {number + 1} of {args.steps}")
 
-    rows = [_row(name, contestant, contestants["inductor"]) for name, contestant in contestants.items()]
-    _print(rows, args)
+    best = min((contestants[name] for name in dense), key=lambda contestant: statistics.median(contestant.seconds))
+    rows = [_row(name, contestant, best) for name, contestant in contestants.items()]
+    _print(rows, f"{work.title}, {'bfloat16 autocast' if args.device == 'cuda' else 'float32'}")
     left_out = [name for name in entrants if name not in contestants]
     if left_out:
         print(f"left out after {args.seconds:g} seconds: {', '.join(left_out)}")
     if args.json:
-        result = {"machine": describe(device), "sizes": {name: getattr(args, name) for name in SIZES["cpu"]}}
+        sizes = {name: getattr(args, name) for name in SIZES["cpu"]} if args.model == "gpt" else {"batch": args.batch}
+        result = {"machine": describe(device), "work": work.title, "sizes": sizes}
         args.json.write_text(json.dumps(result | {"left_out": left_out, "rows": rows}, indent=1) + "\n")
 
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", choices=WORKS, default="gpt")
     parser.add_argument("--device", choices=SIZES, default="cpu")
     for name, size in SIZES["cpu"].items():
         parser.add_argument(f"--{name}", type=int, help=f"default: {size} on a CPU, {SIZES['cuda'][name]} on a GPU")
     parser.add_argument("--steps", type=int, default=9, help="timed steps of each contestant")
     parser.add_argument("--densities", type=float, nargs="*", default=[1.0, 0.4, 0.25])
     parser.add_argument("--no-controller", action="store_true")
-    parser.add_argument("--seconds", type=float, default=math.inf, help="compile no third contestant after so long")
+    parser.add_argument(
+        "--seconds", type=float, default=math.inf, help="compile no second gated contestant after so long"
+    )
     parser.add_argument("--json", type=Path, help="write the result here")
     args = parser.parse_args()
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: this PyTorch sees no GPU")
+    if args.model == "resnet18" and args.batch is None:
+        args.batch = RESNET_BATCH[args.device]
     for name, size in SIZES[args.device].items():
         setattr(args, name, size if getattr(args, name) is None else getattr(args, name))
     if args.width % 64 or min(getattr(args, name) for name in ("steps", *SIZES["cpu"])) < 1:
@@ -152,16 +216,11 @@ def _arguments() -> argparse.Namespace:
     return args
 
 
-def _batch(args: argparse.Namespace) -> tuple[torch.Tensor, torch.Tensor]:
-    window = torch.randint(args.symbols, (args.batch, args.context + 1), device=args.device)
-    return window[:, :-1], window[:, 1:]
-
-
 def _row(name: str, contestant: Contestant, dense: Contestant) -> dict[str, Any]:
     median, dense_median = statistics.median(contestant.seconds), statistics.median(dense.seconds)
     row = {
         "name": name,
-        "density": contestant.density if name != "inductor" else 1.0,
+        "density": contestant.density if not name.startswith("inductor") else 1.0,
         "median_s": median,
         "speedup": dense_median / median,
         "seconds": contestant.seconds,
@@ -171,9 +230,7 @@ def _row(name: str, contestant: Contestant, dense: Contestant) -> dict[str, Any]
     return row
 
 
-def _print(rows: list[dict[str, Any]], args: argparse.Namespace) -> None:
-    types = "bfloat16 autocast" if args.device == "cuda" else "float32"
-    title = f"GPT, {args.layers} layers, {args.width} wide, {args.batch} x {args.context} tokens, AdamW, {types}"
+def _print(rows: list[dict[str, Any]], title: str) -> None:
     table = Table("contestant", "density", "step, s", "times faster", "controller's share", title=title)
     for row in rows:
         share = f"{row['controller_share']:.2%}" if "controller_share" in row else ""

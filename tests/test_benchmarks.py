@@ -1,5 +1,6 @@
 """The benchmarks: what they compute from times, how the GPU's one script takes failures, and a tiny run of each."""
 
+import argparse
 import importlib.util
 import json
 import math
@@ -15,7 +16,7 @@ import pytest
 import torch
 
 FOLDER = Path(__file__).parents[1] / "benchmarks"
-NAMES = ("kernels", "steps", "gpu")
+NAMES = ("kernels", "convolutions", "steps", "gpu")
 
 
 @pytest.fixture(scope="module")
@@ -139,6 +140,8 @@ def test_help_says_what_it_measures(scripts, name, monkeypatch, capsys):
         ("kernels", ["--blocks", "7"], "block sides"),
         ("kernels", ["--blocks", "8x8x8"], "--blocks"),
         ("kernels", ["--shapes", "99"], "numbered 0 to"),
+        ("convolutions", ["--blocks", "7"], "block sides"),
+        ("convolutions", ["--shapes", "99"], "numbered 0 to"),
         ("steps", ["--device", "cuda"], "sees no GPU"),
         ("steps", ["--width", "100"], "multiple of 64"),
         ("steps", ["--steps", "0"], "at least 1"),
@@ -251,3 +254,28 @@ print([round(kernels.ratios(row, rates)["error"], 3) for row in rows])
     errors = json.loads(done.stdout.splitlines()[-1])
     assert len(errors) == 12
     assert max(errors) < 2
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+def test_convolutions_are_compared_role_by_role(scripts, stride, monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda product, **_: product)
+    script = scripts["convolutions"]
+    rows = script.compare(script.Shape(2, 32, 64, 6, stride), (16, 16), rounds=2)
+    assert [row["role"] for row in rows[::4]] == ["forward", "dgrad", "wgrad"]
+    for row in rows:
+        best = min(row["dense_ms"].values()) / row["ours_ms"]
+        assert row["speedup"] == pytest.approx(best)
+        assert row["of_best"] == pytest.approx(best * row["density"])
+        assert 0 < row["of_peak"] < 1.5
+    script.show(rows)
+
+
+def test_a_resnet_takes_steps_like_a_gpt(scripts, monkeypatch):
+    steps = scripts["steps"]
+    args = argparse.Namespace(device="cpu", batch=2)
+    work = steps.resnet18(args)
+    monkeypatch.setattr(torch, "compile", lambda model, **_: model)
+    contestant = steps.Contestant(work, torch.device("cpu"), "ctrlprune", 0.5, layout=torch.channels_last)
+    contestant.step(*work.batch())
+    assert len(contestant.seconds) == 1
+    assert 0.4 < contestant.density < 0.6
