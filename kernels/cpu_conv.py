@@ -62,8 +62,9 @@ def dgrad(grad_z: Tensor, weight: Tensor, lists: BlockLists, block: Block, windo
         return grad_x
     strides = (flat.stride(1), flat.stride(0), flat.stride(2))
     for phase in _phases(window, tuple(weight.shape[2:]), input_size):
-        every = (slice(first, None, stride) for first, stride in zip(phase.pixel, window.stride, strict=True))
-        pixels = grad_x[(slice(None), slice(None), *every)]
+        pixels = grad_x
+        for dim, (start, stride) in enumerate(zip(phase.pixel, window.stride, strict=True), 2):
+            pixels = pixels[(slice(None),) * dim + (slice(start, None, stride),)]
         step = (1,) * len(out)
         geometry = _geometry(grad_z, pixels, tuple(pixels.shape[2:]), out, phase.first, step, phase.taps)
         for group, own in _groups(lists, window.groups):
