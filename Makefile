@@ -11,7 +11,7 @@ demo: .venv/demo
 	$(BIN)/python examples/train_gpt.py --compare --layers 3 --context 128 --steps 120
 
 test: lint types
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
 
 lint: .venv/test
 	$(BIN)/ruff check .

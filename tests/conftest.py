@@ -8,6 +8,8 @@ import random
 
 # Before torch is imported: a pool of compile workers costs more than the few small kernels of a test.
 os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
+if "PYTEST_XDIST_WORKER" in os.environ:  # the workers share the cores
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch
