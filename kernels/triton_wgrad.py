@@ -256,12 +256,9 @@ def weight_gradient(
 {SPLIT if split else WHOLE}"""
     body += _descriptor_sums(kernel, tile) if tile.descriptors else _pointer_sums(kernel, split)
     body += _store_blocks(kernel, tile) if tile.descriptors else _store_group(kernel, tile)
-    body = (
-        HELPERS
-        + ("" if split else STORE_HELPER)
-        + body
-        + (FINISH.replace("$PARAMETERS", ", ".join(FINISH_PARAMETERS)) if split else "")
-    )
+    finish = FINISH.replace("$PARAMETERS", ", ".join(FINISH_PARAMETERS))
+    finish = finish.replace("$TAP", "tl.program_id(1)" if walk else "0")
+    body = HELPERS + ("" if split else STORE_HELPER) + body + (finish if split else "")
     named = "".join(
         f"{name} = tl.constexpr({value})  # {what}\n"
         for name, (value, what) in constants.items()

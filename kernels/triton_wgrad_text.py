@@ -124,7 +124,7 @@ def finish(
     blocks = (outputs + BLOCK_OUT - 1) // BLOCK_OUT * block_columns
     r = tl.program_id(0) // block_columns
     slot = tl.program_id(0) % block_columns
-    tap = tl.program_id(1)
+    tap = $TAP
     start = tl.load(offsets + r)
     length = tl.load(offsets + r + 1) - start
     active = slot < length
