@@ -1,8 +1,8 @@
 """Which kernel computes a gated layer: generated C++ on a CPU, generated Triton on a GPU, a dense product elsewhere.
 
 Where no kernel can run, the framework's dense products compute the same, after one warning that says why. On a GPU a
-gate that is denser than the measured crossover of its shape runs as a dense product, too. A convolution whose window
-is a single tap that sees every position is a linear, and computed as one.
+linear whose gate is denser than the measured crossover of its shape runs as a dense product, too. A convolution whose
+window is a single tap that sees every position is a linear, and computed as one.
 """
 
 import functools
@@ -171,7 +171,7 @@ def _rows(x: Tensor) -> Tensor:
 
 def _image(rows: Tensor, like: Tensor) -> Tensor:
     """Rows as an image `[N, C, *size]`, channels-last, with batch and size of another."""
-    return rows.view(like.shape[0], *like.shape[2:], -1).movedim(-1, 1)
+    return rows.view(like.shape[0], *like.shape[2:], rows.shape[1]).movedim(-1, 1)
 
 
 def _compute(

@@ -25,6 +25,7 @@ def _linear(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     lists, block = _lists(tensors, weight, (block_out, block_in)), (block_out, block_in)
     _check_rows(x, weight.shape[1], weight)
+    _check_bias(bias, weight)
     check_activation(activation)
     y, z = kernel_choice.forward(_rows(x), weight, bias, lists, block, activation)
     shape = (*x.shape[:-1], weight.shape[0])
@@ -56,6 +57,7 @@ def _conv(
     lists, block, window = _lists(tensors, weight, (block_out, block_in)), (block_out, block_in), Window.of(*moves)
     check_window(x.shape, weight.shape, window)
     _check_groups(weight, block, window)
+    _check_bias(bias, weight)
     check_activation(activation)
     y, z = kernel_choice.forward(channels_last(x), weight, bias, lists, block, activation, window)
     return y, z if saves_z(activation) else x.new_empty(0)
@@ -127,6 +129,11 @@ def check_window(x: Sequence[int], weight: Sequence[int], window: Window) -> tup
 def _check_rows(x: Tensor, features: int, weight: Tensor) -> None:
     if x.dim() == 0 or weight.dim() != 2 or x.shape[-1] != features:
         raise ValueError(f"an input of shape {tuple(x.shape)} does not fit a weight of {tuple(weight.shape)}")
+
+
+def _check_bias(bias: Tensor | None, weight: Tensor) -> None:
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"a bias of shape {tuple(bias.shape)} does not fit a weight of {tuple(weight.shape)}")
 
 
 def _check_gradient(grad: Tensor, x: Sequence[int], weight: Tensor, window: Window) -> None:

@@ -3,6 +3,7 @@
 - `gate_linear`: linear nodes whose weight has a gate become `ctrlprune::linear`, the gate's tensors become inputs.
 - `gate_conv`: convolution nodes likewise become `ctrlprune::conv`, on channels-last images.
 - `fuse_activation`: an activation that only a gated layer feeds moves into it.
+- `restore_layout`: what depends on how an image lies in memory gets it as the model had it.
 - `gate_nodes`: what the passes that gate layers share.
 - `layer_nodes`: what a linear or convolution node says.
 - `graph_edit`: what every pass needs to leave a clean graph.
@@ -32,6 +33,7 @@ from ctrlcompile.passes.fuse_activation import fuse_activation
 from ctrlcompile.passes.gate_conv import gate_conv
 from ctrlcompile.passes.gate_linear import gate_linear
 from ctrlcompile.passes.outline import Outline, outline
+from ctrlcompile.passes.restore_layout import restore_layout
 
 logger = logging.getLogger(__name__)
 
@@ -44,6 +46,7 @@ def passes_for(blocks: Mapping[str, tuple[int, int]]) -> list[Pass]:
         functools.partial(gate_linear, blocks=blocks),
         functools.partial(gate_conv, blocks=blocks),
         fuse_activation,
+        restore_layout,
     ]
 
 

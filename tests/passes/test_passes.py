@@ -160,10 +160,13 @@ def test_the_runner_logs_a_numbered_list_of_what_each_pass_changed(caplog):
     captured = Captured(model, torch.randn(6, 40))
     with caplog.at_level("INFO", logger="ctrlcompile.passes"):
         gm, _ = run(copy_graph(captured.gm), captured.inputs, passes_for(dict.fromkeys(captured.linears, (8, 8))))
-    first, second, third = (record.getMessage() for record in caplog.records if record.name == "ctrlcompile.passes")
+    first, second, third, fourth = (
+        record.getMessage() for record in caplog.records if record.name == "ctrlcompile.passes"
+    )
     assert first.startswith("1. gate_linear: ")
     assert "linear -2" in first
     assert second == "2. gate_conv: no change"
     assert third.startswith("3. fuse_activation: ")
     assert "relu -1" in third
+    assert fourth == "4. restore_layout: no change"
     assert count(gm, ops.linear.default) == 2
