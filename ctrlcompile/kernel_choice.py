@@ -256,7 +256,8 @@ def _try(types: Types) -> None:
     probes = torch.full((1,), -1, dtype=torch.int32, device=device)
     window = () if family.tried_on is None else (family.tried_on,)
     size = () if family.tried_on is None else (3,) * len(family.tried_on.stride)
-    x = channels_last(torch.ones(1, block[1], *size, dtype=x_dtype, device=device))
+    x = torch.ones(1, block[1], *size, dtype=x_dtype, device=device)
+    x = channels_last(x) if size else x
     weight = torch.ones(*block, *size, dtype=weight_dtype, device=device)
     y, _ = kernel.forward(x, weight, None, lists, block, activation, *window)
     kernel.dgrad(y, weight, lists, block, *window, *(size for _ in window))

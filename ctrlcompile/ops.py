@@ -9,6 +9,7 @@ micro-batches.
 What runs is in `op_calls`.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -88,18 +89,24 @@ def _(grad, x, weight, lists, probes, block_out, block_in):  # type: ignore[no-u
 def _(x, weight, bias, signals, lists, probes, block_out, block_in, activation, *moves):  # type: ignore[no-untyped-def]
     op_calls.check_activation(activation)
     size = op_calls.check_window(x.shape, weight.shape, Window.of(*moves))
-    y = x.new_empty(x.shape[0], *size, weight.shape[0]).movedim(-1, 1)
+    y = _image(x, weight.shape[0], size)
     return y, torch.empty_like(y) if op_calls.saves_z(activation) else x.new_empty(0)
 
 
 @torch.library.register_fake("ctrlprune::conv_dgrad", lib=_library)
 def _(grad, weight, lists, block_out, block_in, input_size, stride, padding, dilation, groups):  # type: ignore[no-untyped-def]
-    return grad.new_empty(grad.shape[0], *input_size, weight.shape[1] * groups).movedim(-1, 1)
+    return _image(grad, weight.shape[1] * groups, input_size)
 
 
 @torch.library.register_fake("ctrlprune::conv_wgrad", lib=_library)
 def _(grad, x, weight, lists, probes, block_out, block_in, *moves):  # type: ignore[no-untyped-def]
     return weight.new_empty(weight.shape), weight.new_empty((2, *BlockLists(*lists).grid), dtype=torch.float32)
+
+
+def _image(like: Tensor, channels: int, size: Sequence[int]) -> Tensor:
+    """An empty channels-last image, which is no view: of a view Inductor wants to compare strides that are symbols."""
+    strides = [channels * math.prod(size[i + 1 :]) for i in range(-1, len(size))]
+    return like.new_empty_strided((like.shape[0], channels, *size), (strides[0], 1, *strides[1:]))
 
 
 # Autograd -------------------------------------------------------------------------------------------------------------

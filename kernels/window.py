@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 
@@ -47,6 +48,12 @@ class Window(NamedTuple):
         )
 
 
-def channels_last(x: Tensor) -> Tensor:
-    """`x` `[N, C, *size]` laid out with its channels side by side: itself where it is, also in 1 and 3 dimensions."""
-    return x.movedim(1, -1).contiguous().movedim(-1, 1)
+def channels_last(x: Tensor, dim: int | None = None) -> Tensor:
+    """`x` `[N, C, *size]` laid out with its channels side by side; itself where it is. 1 to 3 sizes.
+
+    `dim` says how many dimensions x has where x itself cannot, in a graph.
+    """
+    dim = x.dim() if dim is None else dim
+    if dim == 3:  # for which there is no memory format
+        return x.movedim(1, -1).contiguous().movedim(-1, 1)
+    return x.contiguous(memory_format=torch.channels_last if dim == 4 else torch.channels_last_3d)

@@ -7,10 +7,10 @@ convolution, or from what keeps its layout, that costs nothing.
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import fx
 
 from ctrlcompile import ops
+from ctrlcompile.kernels.window import channels_last
 from ctrlcompile.passes.gate_nodes import Block, GateNodes, gate_nodes, operands
 from ctrlcompile.passes.layer_nodes import is_conv, window_of
 
@@ -24,7 +24,6 @@ def _gated(node: fx.Node, gate: GateNodes, block: Block) -> fx.Node:
     window = window_of(node)
     assert window is not None  # only convolutions come here
     x, weight, bias = operands(node)
-    rows = node.graph.call_method("contiguous", (node.graph.call_function(torch.movedim, (x, 1, -1)),))
-    x = node.graph.call_function(torch.movedim, (rows, -1, 1))
-    arguments = (x, weight, bias, *gate, *block, "none", *window.arguments)
+    image = channels_last(fx.Proxy(x), x.meta["example_value"].dim()).node  # type: ignore[arg-type, attr-defined]
+    arguments = (image, weight, bias, *gate, *block, "none", *window.arguments)
     return node.graph.call_function(ops.conv.default, arguments)

@@ -9,6 +9,8 @@ from torch import Tensor, nn
 import ctrlcompile as cc
 from ctrlcompile.kernels.index_lists import expand
 
+TOLERANCE = {torch.float32: (1e-4, 1e-5), torch.float64: (1e-9, 1e-9), torch.bfloat16: (5e-2, 2e-2)}
+
 
 class MLP(nn.Module):
     """Two gated linears with an activation between; widths are no multiples of most blocks."""
@@ -39,8 +41,8 @@ def prune_(gates: Iterable[cc.Gate]) -> None:
 
 
 def masked_entries(gate: cc.Gate) -> Tensor:
-    """Boolean `[out, in]`: True where the gate's blocks are switched off."""
-    return expand(~gate.mask, gate.block, gate.shape)
+    """Boolean, of the weight's shape: True where the gate's blocks are switched off."""
+    return expand(~gate.mask, gate.block, gate.weight.shape)
 
 
 def gradients(model: nn.Module) -> dict[str, Tensor]:
@@ -51,3 +53,33 @@ def gradients(model: nn.Module) -> dict[str, Tensor]:
 def error(result: Tensor, exact: Tensor) -> float:
     """Root mean square error against float64."""
     return float((result.detach().double() - exact.detach()).square().mean().sqrt())
+
+
+def compiled_and_pruned(model: nn.Module, block=8, **settings) -> tuple[nn.Module, dict[str, cc.Gate]]:
+    """The compiled model and its gates, with random masks."""
+    gates = cc.gates(model, block)
+    prune_(gates.values())
+    return torch.compile(model, backend="ctrlprune", **settings), gates
+
+
+def assert_like_plain(run, model: nn.Module, *inputs: Tensor, gates: dict[str, cc.Gate] | None = None) -> None:
+    """Output and gradients of `run` are those of the plain model; gradients of masked blocks are zero."""
+    gates = cc.gates(model) if gates is None else gates
+    results = []
+    for call in (run, model):
+        model.zero_grad()
+        leaves = [x.detach().clone().requires_grad_(x.is_floating_point()) for x in inputs]
+        y = call(*leaves)
+        y.float().square().mean().backward()
+        results.append({"output": y, "input": leaves[0].grad, **gradients(model)})
+    mine, plain = results
+    assert mine.keys() == plain.keys()
+    for name, theirs in plain.items():
+        if theirs is None:
+            continue
+        if name in gates:
+            gone = masked_entries(gates[name])
+            assert not mine[name][gone].any(), name
+            theirs = theirs.masked_fill(gone, 0)
+        rtol, atol = TOLERANCE.get(theirs.dtype, (1e-2, 1e-3))
+        torch.testing.assert_close(mine[name], theirs, rtol=rtol, atol=atol, msg=lambda text, n=name: f"{n}: {text}")

@@ -9,49 +9,18 @@ import textwrap
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 from torch._dynamo.utils import counters
 from torch.utils.checkpoint import checkpoint
 
 import ctrlcompile as cc
 from ctrlcompile.options import MODES
 
-from .small_models import MLP, gradients, masked_entries, prune_, random_mask
+from .small_models import MLP, assert_like_plain, compiled_and_pruned, gradients, masked_entries, prune_, random_mask
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 OPTIONS = {"block": 8}
-TOLERANCE = {torch.float32: (1e-4, 1e-5), torch.float64: (1e-9, 1e-9), torch.bfloat16: (5e-2, 2e-2)}
-
-
-def compiled_and_pruned(model: nn.Module, block=8, **settings) -> tuple[nn.Module, dict[str, cc.Gate]]:
-    """The compiled model and its gates, with random masks."""
-    gates = cc.gates(model, block)
-    prune_(gates.values())
-    return torch.compile(model, backend="ctrlprune", **settings), gates
-
-
-def assert_like_plain(run, model: nn.Module, *inputs: Tensor, gates: dict[str, cc.Gate] | None = None) -> None:
-    """Output and gradients of `run` are those of the plain model; gradients of masked blocks are zero."""
-    gates = cc.gates(model) if gates is None else gates
-    results = []
-    for call in (run, model):
-        model.zero_grad()
-        leaves = [x.detach().clone().requires_grad_(x.is_floating_point()) for x in inputs]
-        y = call(*leaves)
-        y.float().square().mean().backward()
-        results.append({"output": y, "input": leaves[0].grad, **gradients(model)})
-    mine, plain = results
-    assert mine.keys() == plain.keys()
-    for name, theirs in plain.items():
-        if theirs is None:
-            continue
-        if name in gates:
-            gone = masked_entries(gates[name])
-            assert not mine[name][gone].any(), name
-            theirs = theirs.masked_fill(gone, 0)
-        rtol, atol = TOLERANCE.get(theirs.dtype, (1e-2, 1e-3))
-        torch.testing.assert_close(mine[name], theirs, rtol=rtol, atol=atol, msg=lambda text, n=name: f"{n}: {text}")
 
 
 def test_a_fresh_process_finds_the_backend_without_importing_the_package():

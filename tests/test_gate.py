@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 import ctrlcompile as cc
+from ctrlcompile.blocks import resolve_block
 from ctrlcompile.kernels.index_lists import mask_of
 
 from .small_models import MLP, masked_entries, random_mask
@@ -149,6 +150,73 @@ def test_a_weight_that_two_linears_share_has_one_gate():
     model = nn.ModuleDict({"a": nn.Linear(40, 40), "b": nn.Linear(40, 40)})
     model["b"].weight = model["a"].weight
     assert list(cc.gates(model, 8)) == ["a.weight"]
+
+
+@pytest.mark.parametrize("outputs", [36, 40], ids=["partial blocks", "whole blocks"])
+@pytest.mark.parametrize(
+    ("kind", "window", "memory_format"),
+    [
+        (nn.Conv1d, (5,), torch.contiguous_format),
+        (nn.Conv2d, (3, 1), torch.contiguous_format),
+        (nn.Conv2d, (3, 3), torch.channels_last),
+        (nn.Conv3d, (1, 2, 3), torch.channels_last_3d),
+    ],
+)
+def test_a_block_of_a_convolution_goes_with_all_its_taps_in_weight_gradient_and_state(
+    kind, window, memory_format, outputs
+):
+    conv = kind(40, outputs, window)
+    conv.weight.data = conv.weight.data.to(memory_format=memory_format)
+    strides = conv.weight.stride()
+    (gate,) = cc.gates(conv, 8).values()
+    optimizer = torch.optim.AdamW(conv.parameters())
+    gate.owned_by(optimizer)
+    x = torch.randn(2, 40, *(6 for _ in window))
+    for _ in range(2):
+        conv(x).square().sum().backward()
+        optimizer.step()
+    state = optimizer.state[conv.weight]
+    tensors = [conv.weight.detach(), conv.weight.grad, state["exp_avg"], state["exp_avg_sq"]]
+    before = [tensor.clone() for tensor in tensors]
+    gate.update_(random_mask(gate.grid))
+    gone = masked_entries(gate)
+    for tensor, old in zip(tensors, before, strict=True):
+        assert not tensor[gone].any()
+        assert torch.equal(tensor[~gone], old[~gone])
+        assert old[gone].any()
+    assert conv.weight.stride() == strides
+    assert gate.shape == (outputs, 40)
+    assert gate.active_share == pytest.approx(1 - float(gone.float().mean()))
+    assert float(gate.block_area.sum()) == conv.weight.numel()
+
+
+def test_auto_blocks_of_a_convolution_follow_its_channels():
+    sides = {8: 8, 63: 8, 64: 16, 255: 16, 256: 32, 512: 32}
+    for rows, columns in ((8, 64), (64, 8), (63, 255), (256, 64), (512, 256)):
+        weight = torch.empty(rows, columns, 3, 3)
+        assert resolve_block("auto", weight) == (sides[rows], sides[columns])
+        assert resolve_block((24, 8), weight) == (24, 8)
+
+
+def test_every_inner_convolution_of_a_narrow_residual_network_has_a_gate_by_itself():
+    widths = ((32, 32), (64, 32), (64, 64), (128, 64), (128, 128))
+    model = nn.ModuleDict({f"{o}x{i}": nn.Conv2d(i, o, 3) for o, i in widths})
+    assert len(cc.gates(model)) == len(widths)
+
+
+def test_convolutions_without_room_for_a_block_have_no_gate_and_do_not_stop_the_others():
+    model = nn.ModuleDict(
+        {
+            "first": nn.Conv2d(3, 32, 3),
+            "depthwise": nn.Conv2d(32, 32, 3, groups=32),
+            "narrow_groups": nn.Conv2d(64, 64, 3, groups=16),
+            "odd_groups": nn.Conv2d(64, 24, 3, groups=2),
+            "transposed": nn.ConvTranspose2d(32, 32, 3),
+            "groups": nn.Conv2d(64, 64, 3, groups=2),
+            "plain": nn.Conv2d(32, 32, 3),
+        }
+    )
+    assert list(cc.gates(model, 8)) == ["groups.weight", "plain.weight"]
 
 
 def test_weights_that_cannot_be_gated_have_none():
