@@ -1,8 +1,8 @@
 """Which kernel computes a gated layer: generated C++ on a CPU, generated Triton on a GPU, a dense product elsewhere.
 
 Where no kernel can run, the framework's dense products compute the same, after one warning that says why. On a GPU a
-linear whose gate is denser than the measured crossover of its shape runs as a dense product, too. A convolution whose
-window is a single tap that sees every position is a linear, and computed as one.
+gate that is denser than the measured crossover of its shape runs as a dense product, too. A convolution whose window
+is a single tap that sees every position is a linear, and computed as one.
 """
 
 import functools

@@ -68,8 +68,9 @@ def input_gradient(grad_z: Tensor, weight: Tensor, window: Window, input_size: t
     padded = [size + before + after for size, before, after in zip(input_size, more[-2::-2], more[::-2], strict=True)]
     shape_only = grad_z.new_empty(grad_z.shape[0], *padded, weight.shape[1] * window.groups).movedim(-1, 1)
     grad_x = _backward(grad_z, shape_only, weight, window, common, (True, False, False))[0]
-    inside = [slice(before, before + size) for size, before in zip(input_size, more[-2::-2], strict=True)]
-    return channels_last(grad_x[(..., *inside)])
+    for dim, (size, before) in enumerate(zip(input_size, more[-2::-2], strict=True), 2):
+        grad_x = grad_x.narrow(dim, before, size)
+    return channels_last(grad_x)
 
 
 def weight_gradient(grad_z: Tensor, x: Tensor, weight: Tensor, window: Window) -> Tensor:

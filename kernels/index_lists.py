@@ -109,7 +109,7 @@ def expand(mask: Tensor, block: tuple[int, int], shape: Sequence[int]) -> Tensor
     rows, columns = mask.shape
     entries = mask[:, None, :, None].expand(rows, block[0], columns, block[1])
     entries = entries.reshape(rows * block[0], columns * block[1])[: shape[0], : shape[1]]
-    return entries[(..., *(None for _ in shape[2:]))].expand(*shape)
+    return entries.view(*shape[:2], *(1 for _ in shape[2:])).expand(*shape)
 
 
 def _check(mask: Tensor) -> None:

@@ -7,6 +7,8 @@ be its input infinite, it adds nothing.
 """
 
 import itertools
+import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -106,17 +108,18 @@ def conv_dgrad(
     wide, taps = index_lists.matrix_block(block, weight.shape), weight.shape[2:]
     rows = grad_z.movedim(1, -1).flatten(0, -2).to(_compute_dtype(grad_z)).chunk(window.groups, dim=1)
     groups = zip(rows, *(t.chunk(window.groups) for t in (weight.flatten(1), mask)), strict=True)
-    patches = torch.cat([linear_dgrad(*group, wide) for group in groups], dim=1)
+    patches = torch.cat([linear_dgrad(r, w, m, wide) for r, w, m in groups], dim=1)
     inputs = weight.shape[1] * window.groups
-    patches = patches.view(grad_z.shape[0], *grad_z.shape[2:], inputs, *taps).movedim(len(taps) + 1, 1)
+    patches = patches.view(grad_z.shape[0], *grad_z.shape[2:], inputs, math.prod(taps)).movedim(-2, 1)
     padded = [size + before + after for size, (before, after) in zip(input_size, window.padding, strict=True)]
     grad_x = patches.new_zeros(*patches.shape[:2], *padded)
-    for tap in itertools.product(*map(range, taps)):
+    for index, tap in enumerate(itertools.product(*map(range, taps))):
         seen = zip(tap, window.dilation, window.stride, grad_z.shape[2:], strict=True)
-        positions = [slice(t * d, t * d + s * (count - 1) + 1, s) for t, d, s, count in seen]
-        grad_x[(..., *positions)] += patches[(..., *tap)]
-    inside = [slice(before, before + size) for size, (before, _) in zip(input_size, window.padding, strict=True)]
-    return grad_x[(..., *inside)].to(grad_z.dtype)
+        positions: tuple[Any, ...] = (..., *(slice(t * d, t * d + s * (count - 1) + 1, s) for t, d, s, count in seen))
+        grad_x[positions] += patches[..., index]
+    for dim, (size, (before, _)) in enumerate(zip(input_size, window.padding, strict=True), 2):
+        grad_x = grad_x.narrow(dim, before, size)
+    return grad_x.to(grad_z.dtype)
 
 
 def conv_wgrad(
