@@ -9,7 +9,7 @@ Runs from a checkout, without network; the package need not be installed. Needs 
 or newer, and click, rich, pytest, hypothesis, numpy and setuptools 77. Each part is a process with a time limit of its
 own, and fails alone. The kernels come last, begin with the shapes that matter most, and have all the time that is left.
 The last table says what passed; the exit status is 0 where all did. `gpu.json` holds that table, with commands, machine
-and versions, `gpu_steps.json`, `gpu_train.json` and `gpu_kernels.json` what was measured.
+and versions, `gpu_steps.json`, `gpu_train.json`, `gpu_convolutions.json` and `gpu_kernels.json` what was measured.
 """
 
 import argparse
@@ -35,6 +35,7 @@ from rich.table import Table
 
 ROOT = Path(__file__).resolve().parents[1]
 LAST_CASE_S = 45  # what the kernels may need to end the shape and block that they have begun
+ROLES = ("forward", "dgrad", "wgrad")
 SHOWN_LINES = 40  # of what a failed part wrote last
 
 
@@ -111,7 +112,7 @@ def tests(session: Session) -> Part:
         return f"{count - skipped - failed} passed, {failed} failed, {skipped} skipped"
 
     command = (*launcher, sys.executable, "-m", "pytest", *options)
-    return Part(command, session.left if session.sanitize else 110, summary)
+    return Part(command, session.left if session.sanitize else 150, summary)
 
 
 def train(session: Session) -> Part:
@@ -153,6 +154,23 @@ def steps(session: Session) -> Part:
     return Part((sys.executable, script, "--device", session.device, *given, *options), 130, summary)
 
 
+def convolutions(session: Session) -> Part:
+    """Every role of a convolution against cuDNN."""
+    result = session.package / "convolutions.json"
+    given = ("--shapes", "3", "--images", "1", "--blocks", "32", "--rounds", "1") if session.rehearse else ()
+
+    def summary() -> str:
+        found = json.loads(result.read_text())
+        write(session.out / "gpu_convolutions.json", found)
+        middle = [row for row in found["rows"] if 0.2 < row["density"] < 0.6]
+        worst = (f"{role} {min(row['of_best'] for row in middle if row['role'] == role):.2f}" for role in ROLES)
+        return f"worst of the best dense at 0.5 and 0.25: {', '.join(worst)}; {len(found['left_out'])} left out"
+
+    options = ("--seconds", "45", "--json", str(result))
+    script = str(ROOT / "benchmarks" / "convolutions.py")
+    return Part((sys.executable, script, "--device", session.device, *given, *options), 100, summary)
+
+
 def kernels(session: Session) -> Part:
     """Every role against the dense product."""
     result, limit = session.package / "kernels.json", session.left
@@ -169,7 +187,13 @@ def kernels(session: Session) -> Part:
     return Part((sys.executable, script, "--device", session.device, *given, *options), limit, summary)
 
 
-PARTS: dict[str, Callable[[Session], Part]] = {"tests": tests, "train": train, "steps": steps, "kernels": kernels}
+PARTS: dict[str, Callable[[Session], Part]] = {
+    "tests": tests,
+    "train": train,
+    "steps": steps,
+    "convolutions": convolutions,
+    "kernels": kernels,
+}
 
 
 def run(name: str, part: Part, package: Path) -> Outcome:

@@ -221,12 +221,15 @@ def test_gpu_tests_that_were_all_skipped_did_not_pass(gpu, tmp_path):
 
 
 def test_the_one_script_runs_from_a_checkout_and_writes_what_it_measured(tmp_path):
-    command = [sys.executable, str(FOLDER / "gpu.py"), "--rehearse", "--only", "steps", "kernels", "--out", "."]
+    only = ["steps", "convolutions", "kernels"]
+    command = [sys.executable, str(FOLDER / "gpu.py"), "--rehearse", "--only", *only, "--out", "."]
     environment = os.environ | {"TORCH_COMPILE_DISABLE": "1"}  # every line of the scripts runs all the same
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
-    found = {name: json.loads((tmp_path / f"gpu{name}.json").read_text()) for name in ("", "_steps", "_kernels")}
-    assert [part["name"] for part in found[""]["parts"]] == ["steps", "kernels"]
+    names = ["", *(f"_{name}" for name in only)]
+    found = {name: json.loads((tmp_path / f"gpu{name}.json").read_text()) for name in names}
+    assert [part["name"] for part in found[""]["parts"]] == only
+    assert [row["role"] for row in found["_convolutions"]["rows"][::4]] == ["forward", "dgrad", "wgrad"]
     assert [row["name"] for row in found["_steps"]["rows"]] == ["inductor", "density 0.4", "density 1"]
     rows = found["_kernels"]["rows"]
     assert len(rows) == 12
@@ -260,7 +263,7 @@ print([round(kernels.ratios(row, rates)["error"], 3) for row in rows])
 def test_convolutions_are_compared_role_by_role(scripts, stride, monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda product, **_: product)
     script = scripts["convolutions"]
-    rows = script.compare(script.Shape(2, 32, 64, 6, stride), (16, 16), rounds=2)
+    rows = script.compare(script.Shape(2, 32, 64, 6, stride), (16, 16), 2, torch.device("cpu"))
     assert [row["role"] for row in rows[::4]] == ["forward", "dgrad", "wgrad"]
     for row in rows:
         best = min(row["dense_ms"].values()) / row["ours_ms"]
