@@ -48,6 +48,18 @@ def test_a_profiler_shows_layer_role_shape_and_density_of_every_product(layer, t
     assert traced.issuperset(expected)
 
 
+def test_a_convolution_is_labelled_with_its_positions_and_the_inputs_of_its_window():
+    conv = nn.Conv2d(16, 24, 3)
+    gate = cc.gates(conv, block=8)["weight"]
+    gated = (gate.signals, list(gate.lists), gate.probes, *gate.block, "none", [1, 1], [0, 0, 0, 0], [1, 1], 1)
+    with torch.profiler.profile(activities=[ProfilerActivity.CPU]) as profiler:
+        ops.conv(torch.randn(2, 16, 6, 5, requires_grad=True), conv.weight, conv.bias, *gated)[0].sum().backward()
+    names = {event.name for event in profiler.events()}
+    assert names.issuperset(
+        f"weight {role} {2 * 4 * 3}x{16 * 9}x24 in 8x8 blocks, density 1.00" for role in ("forward", "dgrad", "wgrad")
+    )
+
+
 def test_lists_that_are_no_gates_are_named_by_shape(layer):
     gate, _ = layer
     weight, grad = torch.randn(48, 40), torch.randn(7, 48)

@@ -152,7 +152,7 @@ class Product:
 
 @dataclass
 class Products:
-    """What `see` has seen, each different product once: another weight, role, layout or activation is another one."""
+    """What `see` has seen, each product once: another weight, role, layout, window or activation makes one."""
 
     found: dict[tuple[Any, ...], Product] = field(default_factory=dict)
 
@@ -164,12 +164,13 @@ class Products:
             return
         kept = {name: _kept(name, value) for name, value in arguments.items()}
         layouts = tuple(value for value in kept.values() if isinstance(value, Layout | str))
-        product = self.found.setdefault((gate, operator, layouts), Product(gate, operator, kept))
+        key = (gate, operator, layouts, calls.window_of(arguments))
+        product = self.found.setdefault(key, Product(gate, operator, kept))
         product.calls += 1
 
 
 def _kept(name: str, value: Any) -> Any:
-    if isinstance(value, list):
+    if name == "lists":
         return [tensor.detach() for tensor in value]
     if not isinstance(value, Tensor):
         return value

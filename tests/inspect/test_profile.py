@@ -194,6 +194,50 @@ def test_where_nothing_is_masked_both_sides_compute_the_same(dtype, bias):
         assert values.unique().numel() > 1
 
 
+@pytest.mark.parametrize(
+    ("taps", "moves"), [(1, ([1, 1], [0, 0, 0, 0], [1, 1], 1)), (3, ([1, 2], [1, 1, 1, 2], [1, 1], 1))]
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_products_of_convolutions_are_set_against_the_frameworks_on_the_same_images(dtype, taps, moves):
+    layer = nn.Conv2d(40, 48, taps)
+    gate = cc.gates(layer, block=BLOCK)["weight"]
+    x = torch.randn(2, 40, 6, 7, dtype=dtype).to(memory_format=torch.channels_last)
+    gated = (list(gate.lists), gate.probes, BLOCK, BLOCK)
+    with torch.no_grad(), calls.observe((products := Products()).see):
+        y, _ = ops.conv(x, layer.weight, layer.bias, gate.signals, *gated, "none", *moves)
+        grad = torch.randn_like(y)
+        ops.conv_dgrad(grad, layer.weight, gated[0], BLOCK, BLOCK, [6, 7], *moves)
+        ops.conv_wgrad(grad, x, layer.weight, *gated, *moves)
+    assert [p.role for p in products.found.values()] == ["forward", "dgrad", "wgrad"]
+    tensors: dict[object, torch.Tensor] = {}
+    rows = y.numel() // 48
+    for product in products.found.values():
+
+        def tensor(layout):
+            return tensors.setdefault(layout, layout.filled())
+
+        ours, dense = product.ours(tensor)(), product.dense(tensor)()
+        ours = ours if isinstance(ours, torch.Tensor) else ours[0]
+        assert (product.sizes, product.dtype) == ((rows, 40 * taps**2, 48), dtype)
+        assert product.dense_flops == product.flops == 2 * rows * 40 * taps**2 * 48
+        weights = 40 * 48 * taps**2 * (2 if product.role == "wgrad" else 1)
+        assert product.bytes == (x.numel() + y.numel()) * dtype.itemsize + 4 * weights
+        rough = {torch.float32: 1e-5, torch.bfloat16: 2e-2}[dtype] * float(dense.abs().max())
+        torch.testing.assert_close(ours.float(), dense.float(), atol=rough, rtol=0)
+    assert {(layout.shape, layout.strides) for layout in tensors} == {(t.shape, t.stride()) for t in (x, grad)}
+
+
+def test_one_weight_under_two_windows_is_two_products():
+    layer = nn.Conv1d(16, 16, 3)
+    gate = cc.gates(layer, block=BLOCK)["weight"]
+    x = torch.randn(2, 16, 9)
+    gated = (gate.signals, list(gate.lists), gate.probes, BLOCK, BLOCK, "none")
+    with torch.no_grad(), calls.observe((products := Products()).see):
+        for dilation in (1, 2):
+            ops.conv(x, layer.weight, layer.bias, *gated, [1], [0, 0], [dilation], 1)
+    assert [product.sizes for product in products.found.values()] == [(14, 48, 16), (10, 48, 16)]
+
+
 def test_calls_are_timed_in_turn_short_ones_repeated(monkeypatch):
     now, order = [0.0], []
 
