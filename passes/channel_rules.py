@@ -33,7 +33,9 @@ class Call:
     sizes: Callable[[Any], list[int] | None]
 
     def argument(self, position: int, name: str, default: Any = None) -> Any:
-        """An argument, given by position or by name."""
+        """An argument, given by position or by name, `axis` being NumPy's for `dim`."""
+        if name == "dim" and "axis" in self.node.kwargs:
+            name = "axis"
         return argument(self.node, position, name, default)
 
     def labels(self, value: Any) -> Tensor:
@@ -206,7 +208,7 @@ def _reshape(call: Call) -> Tensor | None:
 
 
 def _movement(name: str) -> Rule:
-    """A permutation of dimensions: labels are moved as the values are."""
+    """A permutation of dimensions, or along some: labels are moved as the values are."""
 
     def rule(call: Call) -> Tensor | None:
         if len(call.node.all_input_nodes) > 1 or "input" in call.node.kwargs:
@@ -233,7 +235,9 @@ def _pieces(name: str) -> Rule:
         if labels.shape[dim] > 1:
             if len(call.node.all_input_nodes) > 1:
                 return None
-            return list(getattr(torch, name)(labels, *call.node.args[1:], **call.node.kwargs))
+            target = call.node.target  # a method's arguments may have other names than the function's
+            operation = getattr(torch.Tensor, target) if isinstance(target, str) else target
+            return list(operation(labels, *call.node.args[1:], **call.node.kwargs))
         count = 1 + max((int(user.args[1]) for user in call.node.users if user.target is operator.getitem), default=0)  # type: ignore[arg-type]
         return [labels.squeeze(dim) if name == "unbind" else labels] * count
 
@@ -311,7 +315,7 @@ SAME = """
 PIECES = "chunk split tensor_split unbind"
 EXPANSIONS = "broadcast_to expand expand_as"
 RESHAPES = "flatten ravel reshape reshape_as squeeze unflatten unsqueeze view view_as"
-MOVEMENTS = "adjoint movedim moveaxis permute swapaxes swapdims t transpose"
+MOVEMENTS = "adjoint flip movedim moveaxis permute swapaxes swapdims t transpose"
 VIEWS = {*SAME.split(), *RESHAPES.split(), *MOVEMENTS.split(), *PIECES.split(), *EXPANSIONS.split(), "getitem"}
 POOLING = "adaptive_avg_pool adaptive_max_pool avg_pool lp_pool max_pool"
 
@@ -327,7 +331,7 @@ BY_NAME: dict[str, Rule] = {
     "linear": _linear,
     **dict.fromkeys(("bmm", "matmul", "mm"), _matmul),
     "scaled_dot_product_attention": _attention,
-    **dict.fromkeys(("cumsum", "flip", "log_softmax", "softmax"), _mixing(1)),
+    **dict.fromkeys(("cumsum", "log_softmax", "softmax"), _mixing(1)),
     "normalize": _mixing(2),
     "roll": _mixing(2, "dims"),
     **dict.fromkeys(("amax", "amin", "logsumexp", "mean", "prod", "std", "sum", "var"), _reduction),
