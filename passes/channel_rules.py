@@ -85,8 +85,10 @@ def _per_channel(call: Call) -> Tensor:
     return call.beside(call.channels.mixed(labels, [d for d in range(labels.dim()) if d != 1]), x)
 
 
-def _layer_norm(call: Call) -> Tensor:
+def _layer_norm(call: Call) -> Tensor | None:
     x, over = call.argument(0, "input"), call.argument(1, "normalized_shape")
+    if isinstance(over, fx.Node):  # a slice of a dynamic shape
+        return None
     return call.beside(call.channels.mixed(call.labels(x), range(-len(over), 0)), x)
 
 

@@ -115,6 +115,35 @@ def test_fp16_with_a_grad_scaler_lands_on_its_budget():
     assert controller.flops_used / controller.flops_dense == pytest.approx(0.5, rel=0.02)
 
 
+def test_a_run_is_resumed_from_a_checkpoint_that_was_read_onto_the_device(tmp_path):
+    def controlled(model):
+        optimizer = torch.optim.AdamW(model.parameters())
+        controller = cc.Controller(model, budget=0.5, total_steps=20, optimizer=optimizer, block=BLOCK)
+        torch._dynamo.reset()
+        run = torch.compile(model, backend="ctrlprune")
+
+        def step():
+            optimizer.zero_grad()
+            run(torch.randn(64, 256, device=DEVICE)).square().mean().backward()
+            optimizer.step()
+            controller.step()
+
+        return controller, step
+
+    model = MLP().to(DEVICE)
+    controller, step = controlled(model)
+    for _ in range(10):
+        step()
+    assert controller.state_dict()["coupling"], "there is something to know"
+    torch.save(controller.state_dict(), tmp_path / "state.pt")
+    controller.close()
+    resumed, step = controlled(model)
+    resumed.load_state_dict(torch.load(tmp_path / "state.pt", map_location=DEVICE))
+    for _ in range(10):
+        step()
+    assert resumed.flops_used == pytest.approx(0.5 * resumed.flops_dense, rel=0.01)
+
+
 def test_a_model_that_moves_after_its_gates_were_made_is_an_error():
     model = MLP()
     cc.gates(model, BLOCK)

@@ -202,7 +202,8 @@ class Lattice:
         self._known.clear()
         self.coupling = None
         if state:
-            feeds, reads = Sets(*(t.clone() for t in state[:3])), Sets(*(t.clone() for t in state[3:]))
+            own = [tensor.to("cpu", copy=True) for tensor in state]
+            feeds, reads = Sets(*own[:3]), Sets(*own[3:])
             self.coupling = Coupling(self._rows, self._columns, feeds, reads)
         self.fingerprint = self._fingerprint()
 

@@ -181,6 +181,14 @@ def test_a_batch_of_any_size_changes_nothing():
     assert graph.coupling.reads.to_members() == graph.readers()
 
 
+def test_a_norm_over_dimensions_of_dynamic_size_mixes_them():
+    model = Chain(nn.Conv2d(3, 12, 3, padding=1), nn.Conv2d(12, 6, 1), lambda x: F.layer_norm(x, x.shape[1:]))
+    graph = Graph(model, images, dynamic=True)
+    assert graph.coupling is not None
+    assert covers(graph.coupling.feeds.to_members(), graph.feeders())
+    assert covers(graph.coupling.reads.to_members(), graph.readers())
+
+
 def test_two_uses_of_one_weight_feed_and_read_together():
     class Twice(nn.Module):
         def __init__(self):
