@@ -12,6 +12,7 @@ import ctrlcompile as cc
 from ctrlcompile import kernel_choice
 from ctrlcompile.kernels import cpu_linear, dense_linear, index_lists, reference
 from ctrlcompile.kernels.build import KernelBuildError
+from ctrlcompile.kernels.window import Window, channels_last
 
 from .kernels.problems import within_budget
 from .small_models import random_mask
@@ -139,3 +140,16 @@ def test_on_a_gpu_a_kernel_that_cannot_be_tuned_is_replaced_by_the_dense_product
             y, _ = kernel_choice.forward(x, weight, None, lists, BLOCK, "none")
         grad_x = kernel_choice.dgrad(grad, weight, lists, BLOCK)
     assert (y.shape, grad_x.shape) == (grad.shape, x.shape)
+
+
+def test_a_convolution_of_one_tap_takes_a_batch_of_no_images():
+    lists, probes = index_lists.build(torch.ones(2, 3, dtype=torch.bool)), torch.full((1,), -1, dtype=torch.int32)
+    weight, window = torch.randn(32, 48, 1, 1), Window((1, 1), ((0, 0), (0, 0)), (1, 1))
+    x = channels_last(torch.randn(0, 48, 5, 4))
+    y, _ = kernel_choice.forward(x, weight, None, lists, (16, 16), "none", window)
+    grad_x = kernel_choice.dgrad(y, weight, lists, (16, 16), window, (5, 4))
+    grad_weight, signals = kernel_choice.wgrad(y, x, weight, lists, probes, (16, 16), window)
+    assert y.shape == (0, 32, 5, 4)
+    assert grad_x.shape == x.shape
+    assert not grad_weight.any()
+    assert not signals.any()
