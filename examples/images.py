@@ -13,7 +13,6 @@ import pickle
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -111,8 +110,7 @@ def decoded(jpeg: Bytes, offsets: NDArray[np.int64]) -> Bytes:
         except (OSError, Image.DecompressionBombError) as problem:
             raise ValueError(f"image {number}: {problem}") from None
 
-    with ThreadPoolExecutor() as threads:
-        return np.stack(list(threads.map(decode, range(len(offsets) - 1))))
+    return np.stack([decode(number) for number in range(len(offsets) - 1)])
 
 
 def from_pickles(folder: Path) -> Images:

@@ -36,7 +36,7 @@ MODELS = {"resnet8": ((32, 64, 128), 1), "resnet18": ((64, 128, 256, 512), 2)}
 WORDING = Wording(
     script="train_cifar",
     size="channels",
-    validation="test acc.",
+    validation="accuracy",
     caption="test accuracy",
     title="cross-entropy of the training images, whose labels are smoothed",
     dots=False,
@@ -182,7 +182,7 @@ def arguments() -> tuple[argparse.Namespace, Images]:
     parser.add_argument("--model", choices=MODELS, default="resnet8", help="default %(default)s")
     parser.add_argument("--channels", type=stages, help="of each stage, instead of the model's, such as 32-64-128")
     parser.add_argument("--depth", type=int, help="residual blocks in a stage, instead of the model's")
-    for name, default in {"batch": 64, "epochs": 6}.items():
+    for name, default in {"batch": 64, "epochs": 3}.items():
         parser.add_argument(f"--{name}", type=int, default=default, help="default %(default)s")
     parser.add_argument("--lr", type=float, default=0.1, help="peak learning rate of SGD, default %(default)s")
     add_options(parser)
