@@ -4,6 +4,17 @@ python examples/train_cifar.py                  # digits that come with scikit-l
 python examples/train_cifar.py --data PATH      # CIFAR-10: torchvision's folder, or an .npz of JPEGs (see images.py)
 python examples/train_cifar.py --compare        # also trains it dense, and a narrower dense one of equal FLOPs
 python examples/train_cifar.py --data PATH --model resnet18 --epochs 20
+
+`python examples/train_cifar.py --compare --epochs 6`, on two cores and with its graphs compiled before, ends in:
+
+     run         channels  accuracy     FLOPs  of dense  seconds  compile  density
+     ──────────────────────────────────────────────────────────────────────────────
+     ctrlprune  32-64-128    0.9722  6.14e+10     0.400      7.9      3.9     0.31
+     dense      32-64-128    0.9861  1.53e+11     1.000      7.5      0.9     1.00
+     narrow      20-40-84    0.9778  6.16e+10     0.402      5.4      0.9     1.00
+
+       test accuracy, standard error 0.009; seconds of training, compiling apart
+    log: out/train_cifar.json; picture: out/train_cifar.png
 """
 
 from __future__ import annotations
