@@ -137,6 +137,8 @@ def expression(value: Any) -> Expression:
 def _fresh(example: Any) -> Any:
     if not isinstance(example, torch.Tensor):
         return example
+    if isinstance(example, FakeTensor) and example.item_memo is not None:
+        return example  # a Python float that became an input: a copy would not know its value any more
     return example.detach().requires_grad_(example.requires_grad)
 
 

@@ -252,3 +252,15 @@ def test_a_steps_cost_is_that_of_its_products_at_every_size(monkeypatch):
         assert cost.gated == {gates["one.weight"]: 2 * first, gates["two.weight"]: 3 * 2 * positions * 24 * 32 * 9}
         used = sum(flops * gate.active_share for gate, flops in cost.gated.items())
         assert cost.used == pytest.approx(cost.fixed + used)
+
+
+def test_a_batch_norms_momentum_as_an_input_costs_no_gate(monkeypatch):
+    monkeypatch.setattr(meter, "listening", True)
+    monkeypatch.setattr(backend, "_lower", lambda gm, *_, **__: gm.forward)
+    model = nn.Sequential(nn.Conv2d(32, 32, 3), nn.BatchNorm2d(32))
+    gate = cc.gates(model, 8)["0.weight"]
+    prune_([gate])
+    # With everything dynamic Dynamo hands the momentum in as a tensor, and the graph asks for its value.
+    torch.compile(model, backend="ctrlprune", dynamic=True)(torch.randn(2, 32, 6, 6)).sum().backward()
+    assert gate in meter.take([gate]).gated
+    assert not model[0].weight.grad[masked_entries(gate)].any()
