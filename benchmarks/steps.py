@@ -107,7 +107,7 @@ class Contestant:
         torch.manual_seed(0)
         self.device, self.layout = device, layout
         self.model, self.optimizer = work.make()
-        self.model.to(memory_format=layout)
+        self.model.to(memory_format=layout)  # type: ignore[call-overload]  # missing in its stubs
         self.controller: cc.Controller | None = None
         self.seconds: list[float] = []
         self.controller_seconds: list[float] = []
