@@ -3,6 +3,7 @@
 import json
 import random
 import resource
+import shlex
 import subprocess
 import sys
 import warnings
@@ -68,7 +69,7 @@ def test_every_record_and_every_mask_is_read_back(tmp_path, seed):
     (process,) = run.processes
     assert process["settings"] == {"budget": 0.4, "total_steps": STEPS, "interval": logged.controller.interval}
     assert process["versions"]["torch"] == torch.__version__
-    assert "pytest" in process["command"]
+    assert process["command"] == shlex.join(sys.orig_argv)
 
 
 def test_only_masks_that_changed_are_written(tmp_path, seed):

@@ -2,6 +2,7 @@
 
 import math
 import random
+import sys
 from dataclasses import replace
 
 import pytest
@@ -85,7 +86,15 @@ def test_the_page_opens_in_a_browser_without_errors_or_a_network_and_its_slider_
     assert all(x == run.steps for _, x, _ in drawn)
     assert browser.value("document.querySelectorAll('.js-plotly-plot .main-svg').length") > 2
     text = browser.value("document.body.innerText")
-    for part in ("a run", f"Step {STEPS} of {STEPS}", "budget 0.4", "2.00x", NASTY, torch.__version__, "pytest"):
+    for part in (
+        "a run",
+        f"Step {STEPS} of {STEPS}",
+        "budget 0.4",
+        "2.00x",
+        NASTY,
+        torch.__version__,
+        sys.orig_argv[0],
+    ):
         assert part in text
 
     steps = browser.value("JSON.parse(document.getElementById('masks').textContent).steps")
