@@ -9,8 +9,8 @@ A step is forward, backward, the optimizer, and the gradients set to None; on a 
 Every contestant takes one step in turn, so that a drift of the machine's clock meets all alike; a row's speed-up is the
 median of its time over the dense step's median.
 
-- `inductor`: the dense model, `backend="inductor"`; for a ResNet also with model and images channels-last. The faster
-  one is what all are compared with.
+- `inductor` and `eager`: the dense model; for a ResNet also with model and images channels-last. All are compared with
+  the fastest of these.
 - `density D`: `backend="ctrlprune"`, random masks of that density, no controller; at 1 every block is active.
 - `controller`: `cc.Controller` on a budget of 0.4, measured after its ramp; also the share of the step that
   `controller.step` takes, and the share of the FLOPs that probes take.
@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import itertools
 import json
 import math
 import statistics
@@ -153,9 +154,9 @@ def main() -> None:
     device = torch.device(args.device)
     work = WORKS[args.model](args)
     entrants: dict[str, Callable[[], Contestant]] = {}
-    for layout in work.layouts:
-        name = "inductor" if layout is torch.contiguous_format else "inductor, channels-last"
-        entrants[name] = functools.partial(Contestant, work, device, "inductor", layout=layout)
+    for backend, layout in itertools.product(("inductor", "eager"), work.layouts):
+        name = backend if layout is torch.contiguous_format else f"{backend}, channels-last"
+        entrants[name] = functools.partial(Contestant, work, device, backend, layout=layout)
     dense = list(entrants)
     for density in args.densities:
         entrants[f"density {density:g}"] = functools.partial(Contestant, work, device, "ctrlprune", density)
@@ -180,7 +181,10 @@ def main() -> None:
         console.print(f"round {number + 1} of {args.steps}")
 
     best = min((contestants[name] for name in dense), key=lambda contestant: statistics.median(contestant.seconds))
-    rows = [_row(name, contestant, best) for name, contestant in contestants.items()]
+    rows = [
+        _row(name, contestant, 1.0 if name in dense else contestant.density, best)
+        for name, contestant in contestants.items()
+    ]
     _print(rows, f"{work.title}, {'bfloat16 autocast' if args.device == 'cuda' else 'float32'}")
     left_out = [name for name in entrants if name not in contestants]
     if left_out:
@@ -216,11 +220,11 @@ def _arguments() -> argparse.Namespace:
     return args
 
 
-def _row(name: str, contestant: Contestant, dense: Contestant) -> dict[str, Any]:
+def _row(name: str, contestant: Contestant, density: float, dense: Contestant) -> dict[str, Any]:
     median, dense_median = statistics.median(contestant.seconds), statistics.median(dense.seconds)
     row = {
         "name": name,
-        "density": contestant.density if not name.startswith("inductor") else 1.0,
+        "density": density,
         "median_s": median,
         "speedup": dense_median / median,
         "seconds": contestant.seconds,
