@@ -8,8 +8,8 @@ object per line, each in one write:
     {"kind": "graph", ...}     a compiled graph that has gates of the run: its `passes.outline`, and whose gate is where
 
 `masks` holds those that differ from the ones before; in the first decision of a process, all. A mask is one bit per
-block, row by row, highest bit of a byte first, in base64. A run that is resumed from a checkpoint repeats steps: a
-decision replaces every earlier one of its step or of a later step.
+block, row by row, highest bit of a byte first, in base64. A number that JSON lacks is text, such as "nan". A run that
+is resumed from a checkpoint repeats steps: a decision replaces every earlier one of its step or of a later step.
 """
 
 import base64
@@ -20,6 +20,7 @@ import fcntl
 import importlib.metadata
 import io
 import json
+import math
 import platform
 import shlex
 import sys
@@ -124,7 +125,8 @@ class RunLog:
         masks = {name: gate.mask for name, gate in gates.items()}
         before = self._masks
         changed = {name: m for name, m in masks.items() if name not in before or not torch.equal(m, before[name])}
-        line = {"kind": "decision", **record, "seconds": round(now - self._began, 6)}
+        values = {name: _number(value) for name, value in record.items()}
+        line = {"kind": "decision", **values, "seconds": round(now - self._began, 6)}
         wrote = self._append({**line, "masks": {name: pack(mask) for name, mask in changed.items()}})
         self._masks = masks if wrote else {}
 
@@ -144,7 +146,7 @@ class RunLog:
             self._file.close()
 
     def _append(self, line: Mapping[str, Any]) -> bool:
-        data = ("\n" if self._torn else "") + json.dumps(line) + "\n"
+        data = ("\n" if self._torn else "") + json.dumps(line, allow_nan=False) + "\n"
         try:
             self._torn = self._file.write(encoded := data.encode()) != len(encoded)
             if self._torn:
@@ -213,6 +215,11 @@ def unpack(text: str, grid: tuple[int, int]) -> Tensor:
         raise ValueError(f"a mask of {blocks} blocks has {-(-blocks // 8)} bytes; got {len(data)}")
     bits = torch.tensor(list(data))[:, None] >> torch.arange(7, -1, -1) & 1
     return bits.flatten()[:blocks].bool().view(grid)
+
+
+def _number(value: Any) -> Any:
+    """A record's value for JSON, which has no NaN and no infinity: as the text that `float` reads."""
+    return value if not isinstance(value, float) or math.isfinite(value) else str(value)
 
 
 def _open(folder: Path) -> io.FileIO:

@@ -1,6 +1,7 @@
 """A run's log: what was decided can be read back, whatever happened to the process, the file or the disk."""
 
 import json
+import math
 import random
 import resource
 import shlex
@@ -240,3 +241,18 @@ def test_a_full_disk_costs_decisions_and_one_warning_but_no_training(tmp_path, s
     run = read(tmp_path)
     assert_tells(run, history[:kept] + history[kept + lost :], masks[:kept] + masks[kept + lost :])
     assert run.unread == 1
+
+
+def test_a_loss_that_is_no_number_is_read_back_from_plain_json(tmp_path, seed):
+    logged = Logged(tmp_path, seed)
+    for loss in (math.nan, math.inf, -math.inf):
+        for _ in range(2 * logged.controller.interval):
+            logged.plant.train_step()
+            logged.controller.step(loss)
+
+    def refuse(constant: str) -> None:
+        raise AssertionError(f"{constant} is not JSON")
+
+    for line in (tmp_path / run_log.FILE).read_text().splitlines():
+        json.loads(line, parse_constant=refuse)
+    assert set(map(str, read(tmp_path).series("loss"))) == {"nan", "inf", "-inf"}

@@ -176,9 +176,9 @@ def _process(record: Record) -> Record:
 
 def _decision(record: Record, gates: Record) -> Decision:
     values: dict[str, float | None] = {
-        name: value
+        name: float(value) if isinstance(value, str) else value
         for name, value in record.items()
-        if name not in ("step", "seconds") and (value is None or isinstance(value, (int, float)))
+        if name not in ("kind", "step", "seconds", "masks") and (value is None or isinstance(value, (int, float, str)))
     }
     masks = {name: unpack(packed, gates[name]["grid"]) for name, packed in record["masks"].items() if name in gates}
     return Decision(int(record["step"]), float(record["seconds"]), values, masks)
