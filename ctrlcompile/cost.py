@@ -6,7 +6,8 @@ symbols of dynamic shapes stay symbols (sympy) and are bound at each call.
 """
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import weakref
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from math import prod
 from typing import Any, TypeAlias
@@ -164,53 +165,108 @@ def _scratch(mode: FakeTensorMode) -> Iterator[None]:
 
 @dataclass
 class _Account:
-    """FLOPs of one region under one set of gates, since they were last taken, and how it couples them.
-
-    `gated` keeps the gates alive, so that their ids stay theirs.
-    """
+    """FLOPs that regions used, and how they couple their gates."""
 
     dense: float = 0.0
     used: float = 0.0
     gated: dict[Gate, float] = field(default_factory=dict)
     coupled: set[Coupled] = field(default_factory=set)
+    closed: bool = False  # the optimizer step that this belongs to has been
+
+    def add(self, other: "_Account") -> None:
+        self.dense += other.dense
+        self.used += other.used
+        for gate, flops in other.gated.items():
+            self.gated[gate] = self.gated.get(gate, 0.0) + flops
+        self.coupled |= other.coupled
+
+
+class Counter:
+    """What the regions that read some gates used since the last call of this: called once per optimizer step.
+
+    Regions of several controllers' gates (two optimizers share a model) count for each of them.
+    """
+
+    def __init__(self, meter: "Meter", gates: Iterable[Gate]) -> None:
+        self.gates = frozenset(gates)
+        self._meter = meter
+        self._account = _Account()
+
+    def add(self, account: _Account) -> None:
+        """Notes the cost of a call."""
+        self._account.add(account)
+
+    def __call__(self) -> StepCost:
+        """The cost of an optimizer step, which has just run."""
+        self._account.add(self._meter.end_step(self.gates))
+        account, self._account = self._account, _Account()
+        fixed = account.dense - sum(account.gated.values())
+        return StepCost(account.dense, fixed, account.gated, account.used, account.coupled)
 
 
 class Meter:
-    """Adds up what the regions used since each controller last asked.
+    """Hands what each training call of a region cost to the counters of its gates.
 
-    A region without gates (an embedding behind a graph break, say) counts for the first controller that asks.
+    A region without gates (an embedding behind a graph break, say) counts for the first counter that is called. What a
+    region cost before all its gates had a counter is kept until its next step, for those that come yet.
     """
 
     def __init__(self) -> None:
         self.listening = False
-        self._accounts: dict[tuple[int, ...], _Account] = {}
+        self._counters: weakref.WeakSet[Counter] = weakref.WeakSet()
+        self._gateless = _Account()
+        self._unclaimed: dict[tuple[int, ...], _Account] = {}  # by ids of gates, which the account keeps alive
+
+    def counter(self, gates: Iterable[Gate]) -> Counter:
+        """A new counter of the regions that read any of these gates."""
+        self.listening = True
+        counter = Counter(self, gates)
+        self._counters.add(counter)
+        for key, account in list(self._unclaimed.items()):
+            if not counter.gates.isdisjoint(account.gated):
+                counter.add(account)
+                if self._all_counted(account.gated):
+                    del self._unclaimed[key]
+        return counter
+
+    def together(self, gates: Iterable[Gate]) -> list[Gate]:
+        """These gates, and those in regions that ran with them and have gates without a counter."""
+        found = dict.fromkeys(gates)
+        waiting = [account.gated for account in self._unclaimed.values()]
+        while near := [gated for gated in waiting if not found.keys().isdisjoint(gated)]:
+            waiting = [gated for gated in waiting if not any(gated is other for other in near)]
+            for gated in near:
+                found.update(dict.fromkeys(gated))
+        return list(found)
 
     def record(self, cost: BoundCost, gates: Sequence[Gate | None], coupled: Coupled | None = None) -> None:
         """Notes one training call of a region; `gates` are those of its layers, in order, `coupled` says how."""
-        account = self._accounts.setdefault(tuple(map(id, gates)), _Account())
-        account.dense += cost.dense
-        account.used += used_flops(cost, gates)
+        account = _Account(cost.dense, used_flops(cost, gates), coupled=set() if coupled is None else {coupled})
         for gate, (total, _) in zip(gates, cost.products, strict=True):
             if gate is not None:
                 account.gated[gate] = account.gated.get(gate, 0.0) + total
-        if coupled is not None:
-            account.coupled.add(coupled)
+        if not account.gated:
+            self._gateless.add(account)
+            return
+        for counter in self._counters:
+            if not counter.gates.isdisjoint(account.gated):
+                counter.add(account)
+        if not self._all_counted(account.gated):
+            key = tuple(map(id, gates))
+            if (before := self._unclaimed.get(key)) is None or before.closed:
+                self._unclaimed[key] = account
+            else:
+                before.add(account)
 
-    def take(self, owned: Iterable[Gate]) -> StepCost:
-        """What the regions of these gates used since they were last taken."""
-        mine = set(owned)
-        dense = used = 0.0
-        gated: dict[Gate, float] = {}
-        coupled: set[Coupled] = set()
-        for key, account in list(self._accounts.items()):
-            if account.gated and not mine & account.gated.keys():
-                continue
-            del self._accounts[key]
-            dense, used = dense + account.dense, used + account.used
-            for gate, flops in account.gated.items():
-                gated[gate] = gated.get(gate, 0.0) + flops
-            coupled |= account.coupled
-        return StepCost(dense, dense - sum(gated.values()), gated, used, coupled)
+    def end_step(self, gates: frozenset[Gate]) -> _Account:
+        """Notes that the optimizer has stepped these gates; what nobody's regions used since the last step of any."""
+        for waiting in self._unclaimed.values():
+            waiting.closed = waiting.closed or not gates.isdisjoint(waiting.gated)
+        account, self._gateless = self._gateless, _Account()
+        return account
+
+    def _all_counted(self, gates: Iterable[Gate]) -> bool:
+        return all(any(gate in counter.gates for counter in self._counters) for gate in gates)
 
 
 def used_flops(cost: BoundCost, gates: Sequence[Gate | None]) -> float:
@@ -224,11 +280,3 @@ def used_flops(cost: BoundCost, gates: Sequence[Gate | None]) -> float:
 
 
 meter = Meter()
-
-Counter = Callable[[], StepCost]
-
-
-def counter_for(gates: Mapping[str, Gate]) -> Counter:
-    """What a controller of these gates calls once per optimizer step."""
-    meter.listening = True
-    return lambda: meter.take(gates.values())

@@ -1,7 +1,8 @@
 """Follows every optimizer: after a step, masked blocks are zero again where they may not be, and controllers run.
 
-One global hook serves all optimizers. In the one-line form a controller is made at the first step of the optimizer that
-owns the gated Parameters.
+One global hook serves all optimizers. In the one-line form a controller is made at the first step of an optimizer that
+owns gated Parameters: for these and for those in the same graphs, which other optimizers may own (Muon for matrices and
+AdamW for the rest, say). It runs once in a round, in which each optimizer steps once at most.
 """
 
 import logging
@@ -14,7 +15,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from ctrlcompile import run_log
 from ctrlcompile.controller import Controller
-from ctrlcompile.cost import counter_for, meter
+from ctrlcompile.cost import meter
 from ctrlcompile.gate import Gate, registry
 from ctrlcompile.options import Options
 
@@ -29,7 +30,22 @@ KEEP_ZERO: tuple[type[torch.optim.Optimizer], ...] = (
 
 _wanted: weakref.WeakKeyDictionary[Gate, Options] = weakref.WeakKeyDictionary()
 _in_the_open: weakref.WeakSet[Gate] = weakref.WeakSet()
-_driven: weakref.WeakKeyDictionary[torch.optim.Optimizer, list[Controller]] = weakref.WeakKeyDictionary()
+_runs: weakref.WeakKeyDictionary[torch.optim.Optimizer, list["_Run"]] = weakref.WeakKeyDictionary()
+
+
+class _Run:
+    """A controller of the one-line form, and the optimizers that have stepped its gates in this round."""
+
+    def __init__(self, controller: Controller) -> None:
+        self.controller = controller
+        self.owned = set(controller.gates.values())
+        self._stepped: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
+
+    def stepped_by(self, optimizer: torch.optim.Optimizer) -> None:
+        if not self._stepped or optimizer in self._stepped:
+            self._stepped.clear()
+            self.controller.advance()
+        self._stepped.add(optimizer)
 
 
 def adopt(gate: Gate, options: Options) -> None:
@@ -45,8 +61,8 @@ def controller_of(optimizer: torch.optim.Optimizer) -> Controller | None:
     Its `state_dict()` belongs into a checkpoint. A run is resumed in the open, where the controller is there before the
     first step: `Controller(model, budget=..., total_steps=..., optimizer=optimizer).load_state_dict(state)`.
     """
-    controllers = _driven.get(optimizer)
-    return controllers[0] if controllers else None
+    runs = _runs.get(optimizer)
+    return runs[0].controller if runs else None
 
 
 def leave(gate: Gate, optimizer: torch.optim.Optimizer) -> None:
@@ -68,27 +84,35 @@ def _after_step(optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs:
     keeps_zero = type(optimizer) in KEEP_ZERO
     for gate in gates:
         gate.stepped_by(optimizer, keeps_zero=keeps_zero)
-    if optimizer not in _driven:
-        _start(optimizer, gates)
-    for controller in _driven.get(optimizer, ()):
-        controller.advance()
+    if optimizer not in _runs and any(gate in _wanted for gate in gates):
+        _runs[optimizer] = [*_joined(gates), *_started(gates)]
+    for run in _runs.get(optimizer, ()):
+        run.stepped_by(optimizer)
 
 
-def _start(optimizer: torch.optim.Optimizer, gates: list[Gate]) -> None:
+def _joined(gates: list[Gate]) -> list[_Run]:
+    """The runs, begun with another optimizer's first step, that control some of these gates."""
+    known = {id(run): run for runs in _runs.values() for run in runs}
+    return [run for run in known.values() if not run.owned.isdisjoint(gates)]
+
+
+def _started(gates: list[Gate]) -> list[_Run]:
+    """New runs for those of these gates that no run controls yet, and for those in the same graphs."""
+    controlled = {gate for runs in _runs.values() for run in runs for gate in run.owned}
     groups: dict[Options, dict[str, Gate]] = {}
-    for gate in gates:
-        if (options := _wanted.get(gate)) is not None:
+    for gate in meter.together(gates):
+        if gate not in controlled and (options := _wanted.get(gate)) is not None:
             named = groups.setdefault(options, {})
             named[gate.name if gate.name not in named else f"{gate.name}#{len(named)}"] = gate
-    controllers = []
+    runs = []
     for options, named in groups.items():
         assert options.budget is not None
-        controller = Controller(named, counter_for(named), options.budget, options.total_steps, driven=True)
+        counter = meter.counter(named.values())
+        controller = Controller(named, counter, options.budget, options.total_steps, driven=True)
         controller.log = run_log.start(options.log, controller)
-        controllers.append(controller)
-        logger.info("a controller drives %d gates from %s", len(named), type(optimizer).__name__)
-    if controllers:
-        _driven[optimizer] = controllers
+        runs.append(_Run(controller))
+        logger.info("a controller drives %d gates", len(named))
+    return runs
 
 
 register_optimizer_step_post_hook(_after_step)

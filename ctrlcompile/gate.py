@@ -28,6 +28,7 @@ from ctrlcompile.blocks import (
     too_small,
     zero_blocks_,
 )
+from ctrlcompile.controller.host import on_cpu
 from ctrlcompile.kernels import index_lists
 
 GATEABLE = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -52,6 +53,7 @@ class Gate:
         block_area: float32 `[R, C]` on the CPU, weight entries in each block (partial blocks have fewer).
     """
 
+    @on_cpu
     def __init__(self, weight: Tensor, block: Block, name: str) -> None:
         check_block(block, weight.shape, name)
         self.name = name
@@ -101,6 +103,7 @@ class Gate:
         return (self.signals, *self.lists, self.probes)
 
     @torch.no_grad()
+    @on_cpu
     def update_(self, mask: Tensor) -> None:
         """Switches blocks: `mask` is boolean `[R, C]`, True = active. In place, between optimizer steps.
 
@@ -123,6 +126,7 @@ class Gate:
             self._version = self.weight._version
 
     @torch.no_grad()
+    @on_cpu
     def probe_(self, block_ids: Tensor) -> None:
         """Has the gradient of these inactive blocks measured from the next backward on.
 
@@ -181,6 +185,11 @@ class Gate:
         self._gradients = self._gated_gradients = 0
 
     @property
+    def trained(self) -> bool:
+        """Whether an optimizer is known to step the weight."""
+        return self._optimizer is not None
+
+    @property
     def active_share(self) -> float:
         """Active entries / all entries: the density by area, which is what the FLOPs follow."""
         return self.active_area / self._entries
@@ -198,6 +207,7 @@ class Gate:
                 "gates(), a Controller or the first compiled call. Ask there, or for the same block here"
             )
 
+    @on_cpu
     def picture(self, width: int = 64, height: int = 24) -> str:
         """The mask as text: one character per block or, on a larger grid, per patch of blocks; `█` full, ` ` empty.
 

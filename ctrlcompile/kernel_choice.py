@@ -125,8 +125,6 @@ def why_no_kernel(
 
 def kernel_name(device: torch.device, x_dtype: torch.dtype, weight_dtype: torch.dtype, family: Family = LINEAR) -> str:
     """What users call the kernel for these types: language, instruction set or device, types."""
-    if device.type == "cpu" and family.cpu == family.dense:
-        return "the framework's dense product"
     _, _, x_dtype, weight_dtype, _, _ = _types(LINEAR, device, x_dtype, weight_dtype, (0, 0))
     types = " x ".join(sorted({str(dtype).removeprefix("torch.") for dtype in (x_dtype, weight_dtype)}))
     return f"C++ {isa.current().name} {types}" if device.type == "cpu" else f"Triton {types}"
@@ -146,11 +144,7 @@ def kernel_sources(
     family: Family = LINEAR,
 ) -> dict[str, Path]:
     """The generated source of the kernel of each role; empty where no kernel runs, or it depends on the call's size."""
-    if (
-        device.type != "cpu"
-        or family.cpu == family.dense
-        or why_no_kernel(device, x_dtype, weight_dtype, block, activation, family=family)
-    ):
+    if device.type != "cpu" or why_no_kernel(device, x_dtype, weight_dtype, block, activation, family=family):
         return {}
     sources: dict[str, Path] = _module(family.cpu).sources(x_dtype, weight_dtype, block, activation)
     return sources

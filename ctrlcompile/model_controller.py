@@ -9,14 +9,15 @@ from torch import nn
 from ctrlcompile import controller, follow, run_log
 from ctrlcompile.blocks import BlockChoice
 from ctrlcompile.controller.budget import Budget
-from ctrlcompile.cost import counter_for
+from ctrlcompile.cost import meter
 from ctrlcompile.gate import gates
 
 
 class Controller(controller.Controller):
     """Lands a model's training run on its budget by switching blocks of its weights off, and on again.
 
-    Make it before the model's first compiled call, and call `step` once after each `optimizer.step()`:
+    Make it before the model's first compiled call, and call `step` once after each `optimizer.step()`, of several the
+    last:
 
     >>> controller = cc.Controller(model, budget=0.4, total_steps=5000, optimizer=optimizer)  # doctest: +SKIP
     >>> model = torch.compile(model, backend="ctrlprune")  # doctest: +SKIP
@@ -26,7 +27,7 @@ class Controller(controller.Controller):
         model: plain or compiled; its linears and convolutions are gated as `ctrlcompile.gates` does.
         budget: what the run may use: a `Budget`, or the share of the dense run's training FLOPs, in (0, 1].
         total_steps: optimizer steps of the whole run; None: the budget is a rate to hold.
-        optimizer: the one that steps the model's Parameters, whose state of a pruned block is zeroed with it.
+        optimizer: the one, or the several, that step the model's Parameters; state of a pruned block is zeroed with it.
         block, exclude: as for `ctrlcompile.gates`.
         interval: optimizer steps between decisions; by default a hundredth of the run, 1 to 50.
         log: folder for the run's log, which `ctrlcompile report` reads; a resumed run goes on in the same.
@@ -42,27 +43,30 @@ class Controller(controller.Controller):
         model: nn.Module,
         *,
         budget: float | Budget,
-        optimizer: torch.optim.Optimizer,
+        optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer],
         total_steps: int | None = None,
         block: BlockChoice = "auto",
         exclude: Sequence[str] = (),
         interval: int | None = None,
         log: str | Path | None = None,
     ) -> None:
-        if not isinstance(optimizer, torch.optim.Optimizer):
-            raise TypeError(
-                f"optimizer is the torch.optim.Optimizer that trains the model; got {type(optimizer).__name__}"
-            )
+        optimizers = list(optimizer) if isinstance(optimizer, Sequence) else [optimizer]
+        for one in optimizers:
+            if not isinstance(one, torch.optim.Optimizer):
+                raise TypeError(
+                    "optimizer is the torch.optim.Optimizer that trains the model, or a list of those that do; got "
+                    f"{type(one).__name__}"
+                )
         found = gates(model, block, exclude=exclude)
-        stepped = {id(parameter) for parameter in follow.parameters(optimizer)}
-        if found and not any(id(gate.weight) in stepped for gate in found.values()):
+        steps = {id(parameter): one for one in optimizers for parameter in follow.parameters(one)}
+        trained = {name: gate for name, gate in found.items() if id(gate.weight) in steps}
+        if found and not trained:
             raise ValueError(
                 "the optimizer steps none of the model's gated Parameters; pass the one that trains this model"
             )
-        trained = {name: gate for name, gate in found.items() if id(gate.weight) in stepped}
         for gate in trained.values():
             gate.signals.grad = None  # what came before does not count
-        super().__init__(trained, counter_for(trained), budget, total_steps, interval=interval)
+        super().__init__(trained, meter.counter(trained.values()), budget, total_steps, interval=interval)
         self.log = run_log.start(log, self)
         for gate in trained.values():
-            follow.leave(gate, optimizer)
+            follow.leave(gate, steps[id(gate.weight)])

@@ -19,6 +19,7 @@ from torch._guards import TracingContext
 from ctrlcompile import cost, follow, ops, run_log
 from ctrlcompile.blocks import Block
 from ctrlcompile.controller.coupling import Coupled, Coupling
+from ctrlcompile.controller.host import on_cpu
 from ctrlcompile.gate import Gate, registry
 from ctrlcompile.layers import find_layers
 from ctrlcompile.options import Options
@@ -130,7 +131,7 @@ class Region:
             }
             self._couplings[division] = None
             try:
-                self._couplings[division] = find_coupling(self._gm, gated)
+                self._couplings[division] = on_cpu(find_coupling)(self._gm, gated)
             except Exception as error:
                 if self.options.strict:
                     raise

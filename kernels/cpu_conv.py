@@ -87,8 +87,8 @@ def wgrad(
     """
     grad_z, x, flat = channels_last(grad_z), channels_last(x), weight.flatten(2)
     size, taps, out = tuple(x.shape[2:]), tuple(weight.shape[2:]), tuple(grad_z.shape[2:])
-    grad_weight = torch.empty(weight.shape, dtype=weight.dtype)
-    signals = torch.empty(2, *lists.grid)
+    grad_weight = weight.new_empty(weight.shape)
+    signals = weight.new_empty(2, *lists.grid, dtype=torch.float32)
     if not grad_z.numel() or not x.numel():
         return grad_weight.zero_(), signals.zero_()
     offsets, first = _window_taps(window, taps)
@@ -99,7 +99,7 @@ def wgrad(
         inputs = slice(group * i, (group + 1) * i)
         outputs = slice(group * o // window.groups, (group + 1) * o // window.groups)
         here = torch.where(probes // blocks == group, probes - group * blocks, -1).int() if len(probes) else probes
-        part = signals if window.groups == 1 else torch.empty(2, *own.grid)
+        part = signals if window.groups == 1 else signals.new_empty(2, *own.grid)
         cpu_product.wgrad(
             geometry, grad_z[:, outputs], x[:, inputs], flat[outputs], strides, own, here,
             grad_weight.flatten(2)[outputs], part, block,
@@ -127,7 +127,7 @@ def _groups(lists: BlockLists, groups: int) -> Iterator[tuple[int, BlockLists]]:
         yield group, index_lists.build(mask)
 
 
-@functools.cache
+@functools.lru_cache
 def _window_taps(window: Window, taps: Size) -> tuple[Taps, Size]:
     """Where each tap reads from, in pixels of the input from `output pixel * stride`, and the first of those."""
     first = tuple(-before for before, _ in window.padding)
@@ -146,7 +146,7 @@ class _Phase(NamedTuple):
     first: Size
 
 
-@functools.cache
+@functools.lru_cache
 def _phases(window: Window, taps: Size, size: Size) -> tuple[_Phase, ...]:
     phases = []
     for pixel in itertools.product(*(range(min(s, n)) for s, n in zip(window.stride, size, strict=True))):

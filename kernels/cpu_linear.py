@@ -52,8 +52,8 @@ def wgrad(
     grad_z `[M, N]`, x `[M, K]`, weight `[N, K]`, probes int32 `[P]` (flat ids of inactive blocks, padded with -1) ->
     grad_weight `[N, K]` in the weight's dtype, signals float32 `[2, R, C]`.
     """
-    grad_weight = torch.empty(weight.shape, dtype=weight.dtype)
-    signals = torch.empty(2, *lists.grid)
+    grad_weight = weight.new_empty(weight.shape)
+    signals = weight.new_empty(2, *lists.grid, dtype=torch.float32)
     strides = (weight.stride(0), weight.stride(1), 1)
     cpu_product.wgrad(_geometry(x, grad_z), grad_z, x, weight, strides, lists, probes, grad_weight, signals, block)
     return grad_weight, signals

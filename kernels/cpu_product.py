@@ -124,7 +124,7 @@ def _scratch(size: int) -> Tensor:
     scratch: Tensor | None = getattr(_held, "scratch", None)
     if scratch is None or scratch.numel() < size:
         _held.scratch = None  # the old one goes before the new one comes
-        _held.scratch = scratch = torch.empty(size, dtype=torch.uint8)
+        _held.scratch = scratch = torch.empty(size, dtype=torch.uint8, device="cpu")
     return scratch
 
 

@@ -232,20 +232,19 @@ class Grouped(nn.Module):
 
 
 def test_a_steps_cost_is_that_of_its_products_at_every_size(monkeypatch):
-    monkeypatch.setattr(meter, "listening", True)
     monkeypatch.setattr(backend, "_lower", lambda gm, *_, **__: gm.forward)  # how it is lowered changes no cost
     model = Grouped()
     gates = cc.gates(model, 8)
+    step_cost = meter.counter(gates.values())
     run = torch.compile(model, backend="ctrlprune")
     for batch, size in ((2, (9, 9)), (3, (13, 11)), (4, (12, 18))):
         x = torch.randn(batch, 16, *size)
         with FlopCounterMode(display=False) as counter, torch.no_grad():
             model(x)
         forward = counter.get_total_flops()
-        meter.take(gates.values())
         prune_(gates.values())
         run(x).sum().backward()
-        cost = meter.take(gates.values())
+        cost = step_cost()
         positions = batch * ((size[0] - 3) // 2 + 1) * ((size[1] - 3) // 2 + 1)
         first = 2 * positions * 32 * 8 * 9
         assert cost.dense == 3 * forward - first, "no gradient of the input is asked for"
@@ -255,12 +254,12 @@ def test_a_steps_cost_is_that_of_its_products_at_every_size(monkeypatch):
 
 
 def test_a_batch_norms_momentum_as_an_input_costs_no_gate(monkeypatch):
-    monkeypatch.setattr(meter, "listening", True)
     monkeypatch.setattr(backend, "_lower", lambda gm, *_, **__: gm.forward)
     model = nn.Sequential(nn.Conv2d(32, 32, 3), nn.BatchNorm2d(32))
     gate = cc.gates(model, 8)["0.weight"]
+    counter = meter.counter([gate])
     prune_([gate])
     # With everything dynamic Dynamo hands the momentum in as a tensor, and the graph asks for its value.
     torch.compile(model, backend="ctrlprune", dynamic=True)(torch.randn(2, 32, 6, 6)).sum().backward()
-    assert gate in meter.take([gate]).gated
+    assert gate in counter().gated
     assert not model[0].weight.grad[masked_entries(gate)].any()

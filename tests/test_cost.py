@@ -48,25 +48,20 @@ class Gated(nn.Module):
         return ops.linear(x, fc2.weight, fc2.bias, two.signals, list(two.lists), two.probes, *two.block, "none")[0]
 
 
-@pytest.fixture
-def listening(monkeypatch):
-    monkeypatch.setattr(meter, "listening", True)
-
-
-@pytest.mark.usefixtures("listening")
 def test_a_steps_cost_is_what_the_counter_counts_at_every_size_and_mask():
     model = MLP()
-    run = torch.compile(model, backend="ctrlprune", options={"block": 8})
+    gates = cc.gates(model, 8)
+    counter = meter.counter(gates.values())
+    run = torch.compile(model, backend="ctrlprune")
     for lead in ((3, 5), (4, 7), (2, 9)):
         x = torch.randn(*lead, 40)
         run(x).sum().backward()
-        gates = cc.gates(model)
-        meter.take(gates.values())
+        counter()
         prune_(gates.values())
         for gate in gates.values():
             gate.probe_((~gate.mask).flatten().nonzero().flatten()[: gate.probes.numel()])
         run(x).sum().backward()
-        cost = meter.take(gates.values())
+        cost = counter()
         assert cost.dense == dense_flops(model, x) == cost.fixed + sum(cost.gated.values())
         assert cost.fixed == 0
         rows = lead[0] * lead[1]
@@ -74,38 +69,53 @@ def test_a_steps_cost_is_what_the_counter_counts_at_every_size_and_mask():
             gates["fc1.weight"]: 2 * 2 * rows * 40 * 68,  # no gradient of the input is asked for
             gates["fc2.weight"]: 3 * 2 * rows * 68 * 36,
         }
-        with FlopCounterMode(display=False) as counter:
+        with FlopCounterMode(display=False) as counted:
             Gated(model)(x).sum().backward()
-        assert cost.used == pytest.approx(counter.get_total_flops(), rel=1e-6)
+        assert cost.used == pytest.approx(counted.get_total_flops(), rel=1e-6)
 
 
-@pytest.mark.usefixtures("listening")
 def test_attention_counts_as_fixed():
     model = Attention()
-    gates = cc.gates(model, 8)
+    counter = meter.counter(cc.gates(model, 8).values())
     run = torch.compile(model, backend="ctrlprune")
     for lead in ((2, 6), (3, 10), (5, 8)):
         x = torch.randn(*lead, 40)
         run(x).sum().backward()
-        cost = meter.take(gates.values())
+        cost = counter()
         assert cost.dense == cost.used == dense_flops(model, x)
         products = 2 * lead[0] * lead[1] * 40 * (2 * 120 + 3 * 40)
         assert cost.fixed == cost.dense - products > 0
 
 
-@pytest.mark.usefixtures("listening")
 def test_evaluation_and_other_models_cost_this_step_nothing():
     model, other = MLP(), MLP()
-    gates = cc.gates(model, 8)
+    counter = meter.counter(cc.gates(model, 8).values())
     cc.gates(other, 8)
     run, run_other = (torch.compile(m, backend="ctrlprune") for m in (model, other))
     x = torch.randn(3, 40)
     with torch.no_grad():
         run(x)
     run_other(x).sum().backward()
-    assert meter.take(gates.values()).dense == 0
+    assert counter().dense == 0
     run(x).sum().backward()
     run(x).sum().backward()
-    twice = meter.take(gates.values())
+    twice = counter()
     assert twice.dense == 2 * dense_flops(model, x)
-    assert meter.take(gates.values()).dense == 0
+    assert counter().dense == 0
+
+
+def test_a_region_of_two_optimizers_costs_both_of_them_its_whole_and_other_steps_nothing():
+    model = MLP()
+    gates = cc.gates(model, 8)
+    run = torch.compile(model, backend="ctrlprune")
+    x = torch.randn(3, 40)
+    first = meter.counter([gates["fc1.weight"]])
+    for _ in range(2):
+        run(x).sum().backward()
+        assert first().dense == dense_flops(model, x)
+    second = meter.counter([gates["fc2.weight"]])  # made after its first step, as where a hook makes it
+    assert second().dense == dense_flops(model, x), "of the step that has just been"
+    for _ in range(2):
+        run(x).sum().backward()
+        assert first() == second()
+    assert first().dense == second().dense == 0

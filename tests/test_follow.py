@@ -36,15 +36,45 @@ def test_an_optimizer_of_other_parameters_drives_nothing():
     assert cc.controller_of(mine).steps == 1
 
 
-def test_two_optimizers_of_one_model_each_drive_their_own_weights():
+def test_two_optimizers_of_one_model_share_a_controller_that_runs_once_a_round():
     model = MLP(64, 96, 64)
-    optimizers = [torch.optim.AdamW(layer.parameters()) for layer in (model.fc1, model.fc2)]
-    run = torch.compile(model, backend="ctrlprune", options={"budget": 0.7, "block": 8})
-    for _ in range(3):
+    optimizers = [torch.optim.AdamW(layer.parameters(), 1e-3) for layer in (model.fc1, model.fc2)]
+    # A budget that either could only meet with the other's weights, too.
+    run = torch.compile(model, backend="ctrlprune", options={"budget": 0.4, "total_steps": 60, "block": 8})
+    for steps in range(60):
         step(run, *optimizers)
-    first, second = map(cc.controller_of, optimizers)
-    assert (list(first.gates), list(second.gates)) == (["fc1.weight"], ["fc2.weight"])
-    assert first.steps == second.steps == 3
+        first, second = map(cc.controller_of, optimizers)
+        assert first is second
+        assert first.steps == steps + 1
+    assert list(first.gates) == ["fc1.weight", "fc2.weight"]
+    assert first.flops_dense == 60 * 5 * 2 * 32 * 64 * 96  # the input needs no gradient
+    assert first.flops_used == pytest.approx(0.4 * first.flops_dense, rel=0.01)
+    for gate, optimizer in zip(first.gates.values(), optimizers, strict=True):
+        gone = masked_entries(gate)
+        assert gone.any()
+        assert not gate.weight[gone].any()
+        assert not optimizer.state[gate.weight]["exp_avg"][gone].any()
+
+
+def test_an_optimizer_that_takes_over_goes_on_with_the_run():
+    model = MLP(64, 96, 64)
+    first, second = (torch.optim.AdamW(model.parameters(), 1e-3) for _ in range(2))
+    run = torch.compile(model, backend="ctrlprune", options={"budget": 0.7, "block": 8})
+    for optimizer in (first, first, second, second, second):
+        step(run, optimizer)
+    assert cc.controller_of(second) is cc.controller_of(first)
+    assert cc.controller_of(second).steps == 4, "the first step of another optimizer may belong to the same round"
+
+
+def test_a_weight_that_no_optimizer_steps_stays_whole():
+    model = MLP(64, 96, 64)
+    optimizer = torch.optim.AdamW(model.fc2.parameters(), 1e-3)
+    run = torch.compile(model, backend="ctrlprune", options={"budget": 0.6, "total_steps": 60, "block": 8})
+    for _ in range(60):
+        step(run, optimizer)
+    kept, pruned = cc.gates(model).values()
+    assert kept.density == 1
+    assert pruned.density < 0.5
 
 
 def test_without_a_budget_no_controller_runs():
@@ -91,3 +121,12 @@ def test_a_dropped_model_leaves_nothing_behind():
     torch._dynamo.reset()
     gc.collect()
     assert [ref() is None for ref in kept] == [True, True]
+
+
+def test_a_budget_that_only_weights_that_nobody_steps_could_meet_is_an_error_of_the_second_step():
+    model = MLP(64, 96, 64)
+    optimizer = torch.optim.AdamW(model.fc2.parameters())
+    run = torch.compile(model, backend="ctrlprune", options={"budget": 0.3, "total_steps": 50, "block": 8})
+    step(run, optimizer)
+    with pytest.raises(BudgetError, match=r"0\.\d+ of this model's training FLOPs cannot be gated"):
+        step(run, optimizer)

@@ -193,3 +193,55 @@ def test_a_checkpoint_of_another_model_is_refused_and_changes_nothing():
     with pytest.raises(ValueError, match=r"another model; shape of gate 'fc1\.weight' is \(64, 64\)"):
         controller.load_state_dict(saved)
     assert all(gate.mask.all() for gate in controller.gates.values())
+
+
+def test_the_default_device_changes_nothing():
+    """Where it is a GPU, what decides must still be made on the CPU; "meta" is a device without data."""
+    masks = []
+    for device in ("cpu", "meta"):
+        torch.manual_seed(0)
+        model, inputs = MLP(64, 96, 64), torch.randn(STEPS, 32, 64)
+        optimizer = torch.optim.AdamW(model.parameters(), 3e-3)
+        torch._dynamo.reset()
+        torch.set_default_device(device)
+        try:
+            run = torch.compile(model, backend="ctrlprune", options=ONE_LINE)
+            for x in inputs.unbind():
+                optimizer.zero_grad()
+                run(x).square().mean().backward()
+                optimizer.step()
+            assert "fc1" in str(cc.explain(run)(inputs[0]))
+            state = cc.controller_of(optimizer).state_dict()
+            cc.controller_of(optimizer).load_state_dict(state)
+        finally:
+            torch.set_default_device(None)
+        masks.append([gate.mask for gate in cc.gates(model).values()])
+    for one, other in zip(*masks, strict=True):
+        assert one.any()
+        assert not one.all()
+        assert torch.equal(one, other)
+
+
+def test_what_the_one_line_began_with_two_optimizers_goes_on_in_the_open(seed):
+    def started() -> tuple[MLP, list[torch.optim.Optimizer]]:
+        torch.manual_seed(seed)
+        model = MLP(64, 96, 64)
+        halves = [torch.optim.AdamW(layer.parameters(), 3e-3) for layer in (model.fc2, model.fc1)]
+        return model, halves
+
+    model, optimizers = started()
+    run = torch.compile(model, backend="ctrlprune", options=ONE_LINE)
+    for _ in range(STEPS // 2):
+        run(torch.randn(32, 64)).square().mean().backward()
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+    state = cc.controller_of(optimizers[1]).state_dict()
+
+    model, optimizers = started()
+    alone = cc.Controller(model, budget=0.4, total_steps=STEPS, optimizer=optimizers[0], block=8)
+    with pytest.raises(ValueError, match="saved with another model"):
+        alone.load_state_dict(state)
+    both = cc.Controller(model, budget=0.4, total_steps=STEPS, optimizer=optimizers, block=8)
+    both.load_state_dict(state)
+    assert both.steps == STEPS // 2

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -16,6 +17,7 @@ from .budget import Budget, BudgetError, Ledger
 from .contract import Gate, Log, StepCost
 from .coupling import Lattice
 from .decide import Blocks, Decision, decide, swap_limit
+from .host import on_cpu
 from .price import Feedback
 from .probes import SPEND, Probes, Rotation
 from .ramp import OPEN_ENDED, Ramp
@@ -30,7 +32,7 @@ class Controller:
     """Lands a training run on its budget by switching the blocks of gates off, and on again.
 
     Args:
-        gates: name -> `Gate`, all on one device.
+        gates: name -> `Gate`, all on one device, in any order.
         meter: returns the `StepCost` of the optimizer step that has just run.
         budget: a `Budget`, or the share of the dense run's training FLOPs in (0, 1].
         total_steps: optimizer steps of the run. None holds the rate: after a dense start and a ramp of fixed length,
@@ -52,6 +54,7 @@ class Controller:
         BudgetError: after the first step, where the model cannot meet the budget.
     """
 
+    @on_cpu
     def __init__(
         self,
         gates: Mapping[str, Gate],
@@ -78,7 +81,7 @@ class Controller:
         if len(devices) > 1:
             raise ValueError(f"gates: got weights on {', '.join(sorted(devices))}; allowed is one device for all")
 
-        self.gates = dict(gates)
+        self.gates = dict(sorted(gates.items(), key=lambda item: _natural(item[0])))
         self.meter = meter
         self.driven = driven
         self._list = list(self.gates.values())
@@ -91,7 +94,6 @@ class Controller:
         sizes = self._layout.lengths
         self._starts = sizes.cumsum(0) - sizes
         self._least = (sizes * min_density).ceil().long().clamp(min=1)
-        self._lowest: list[float] = (self._least / sizes).tolist()  # density of each gate at the least
         self._capacity = [gate.probes.numel() for gate in self._list]
         self._slow = max(10, 2 * self.interval)
         self._dwell = max(2 * self.interval, length // 20)
@@ -153,6 +155,7 @@ class Controller:
         """Plain tensors and numbers from which `load_state_dict` resumes exactly."""
         return checkpoint.save(self)
 
+    @on_cpu
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Resumes where `state` was saved, bit for bit; also switches the gates to the saved masks.
 
@@ -161,6 +164,7 @@ class Controller:
         """
         checkpoint.load(self, state)
 
+    @on_cpu
     def close(self) -> None:
         """Leaves the gates as they are: no signals, no probes."""
         self._probing = []
@@ -177,6 +181,7 @@ class Controller:
         if not self.driven:
             self.advance()
 
+    @on_cpu
     @torch.no_grad()
     def advance(self) -> None:
         """Takes in the optimizer step that has just run, and decides when a decision is due."""
@@ -220,13 +225,14 @@ class Controller:
         self._ledger.add(dense, fixed, used, gated)
         self._since[0] += used - fixed
         self._since[1] += sum(gated)
-        if self._ledger.measured == 1:
+        if self._ledger.measured <= 2:
             self._check_budget()
 
     def _check_budget(self) -> None:
         ledger = self._ledger
         left = 10**9 if self.total_steps is None else self.total_steps - self.steps
-        least = ledger.least(left, self._lowest)
+        # In the first step, an optimizer whose turn comes later has not been seen yet.
+        least = ledger.least(left, self._lowest(self._least if ledger.measured == 1 else self._floor()))
         if least > self.budget.flops:
             raise BudgetError(
                 f"budget: got {self.budget.flops:g}; {ledger.average_fixed / ledger.average_dense:.3f} of this model's "
@@ -247,6 +253,7 @@ class Controller:
         if left is None and ramp.progress < 1:
             ledger.forgive()
         allowed = ledger.allowed(self.budget, left or OPEN_ENDED)
+        floor = self._floor()
         worth = self._signals.benefit(active, self._heard).cpu()
         worth = self._lattice.weigh(worth, self._blocks.active, cost)
 
@@ -261,7 +268,7 @@ class Controller:
             self.settled,
             total_steps=self.total_steps,
             first=self._slow,
-            least=ledger.gated_at(self._lowest) / ledger.gated,
+            least=ledger.gated_at(self._lowest(floor)) / ledger.gated,
         )
         self._next = self.steps + take
         if before[0] < 0 <= ramp.started:
@@ -285,7 +292,7 @@ class Controller:
                 ask=self._feedback.ask(wanted),
                 dwell=self._dwell,
                 swap=swap_limit(self.steps, self.total_steps),
-                least=self._least,
+                least=floor,
                 held=~self._signals.reported().cpu()[self._layout.gate_of],
             )
             returned, dropped = self._act(decision)
@@ -356,6 +363,15 @@ class Controller:
 
     # ---------------------------------------------------------------- flat views of the gates
 
+    def _floor(self) -> Tensor:
+        """Blocks of each gate that stay at least: all where nobody trains the weight."""
+        return torch.where(torch.tensor([gate.trained for gate in self._list]), self._least, self._layout.lengths)
+
+    def _lowest(self, floor: Tensor) -> list[float]:
+        """Density of each gate with so many blocks."""
+        densities: list[float] = (floor / self._layout.lengths).tolist()
+        return densities
+
     def _densities(self) -> list[float]:
         return [gate.density for gate in self._list]
 
@@ -370,6 +386,11 @@ class Controller:
 
     def _used_share(self) -> float:
         return self._ledger.used / self._ledger.dense if self._ledger.dense else 0.0
+
+
+def _natural(name: str) -> list[int | str]:
+    """To sort names by: numbers in them as numbers."""
+    return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", name)]
 
 
 def _positive(name: str, value: Any, unit: str) -> int:

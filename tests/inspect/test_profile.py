@@ -61,15 +61,13 @@ class Profiled:
         self.accumulated = 0
         for parameter in self.model.parameters():
             parameter.register_post_accumulate_grad_hook(self.count)
-        meter.take(self.gates.values())
-        listening, meter.listening = meter.listening, True
+        counter = meter.counter(self.gates.values())
         self.before, self.python_random = state(self.model, self.gates), random.getstate()
         self.operators: dict[str, list[str]] = {"gated": [], "dense": []}
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(sys.modules["ctrlcompile.inspect.profile"], "alternate", self.alternate)
             self.profile = cc.profile(self.run, rounds=2)(self.x)
-        self.counted, self.hooked = meter.take(self.gates.values()).dense, self.accumulated
-        meter.listening = listening
+        self.counted, self.hooked = counter().dense, self.accumulated
         self.graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
         self.after, self.python_random_after = state(self.model, self.gates), random.getstate()
 
