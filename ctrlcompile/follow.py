@@ -1,4 +1,5 @@
-"""Follows every optimizer: after a step, masked blocks are zero again where they may not be, and controllers run.
+"""Follows every optimizer: after a step, masked blocks are zero again where they may not be, controllers run, and
+kernels are respecialised.
 
 One global hook serves all optimizers. In the one-line form a controller is made at the first step of an optimizer that
 owns gated Parameters: for these and for those in the same graphs, which other optimizers may own (Muon for matrices and
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from ctrlcompile import run_log
+from ctrlcompile import respecialize, run_log
 from ctrlcompile.controller import Controller
 from ctrlcompile.cost import meter
 from ctrlcompile.gate import Gate, registry
@@ -29,7 +30,7 @@ KEEP_ZERO: tuple[type[torch.optim.Optimizer], ...] = (
 )  # fmt: skip
 
 _wanted: weakref.WeakKeyDictionary[Gate, Options] = weakref.WeakKeyDictionary()
-_in_the_open: weakref.WeakSet[Gate] = weakref.WeakSet()
+_in_the_open: weakref.WeakKeyDictionary[Gate, weakref.ref[Controller]] = weakref.WeakKeyDictionary()
 _runs: weakref.WeakKeyDictionary[torch.optim.Optimizer, list["_Run"]] = weakref.WeakKeyDictionary()
 
 
@@ -65,11 +66,11 @@ def controller_of(optimizer: torch.optim.Optimizer) -> Controller | None:
     return runs[0].controller if runs else None
 
 
-def leave(gate: Gate, optimizer: torch.optim.Optimizer) -> None:
+def leave(gate: Gate, optimizer: torch.optim.Optimizer, controller: Controller) -> None:
     """Has a gate left to a controller that its user steps; `optimizer` is the one that steps its Parameter."""
     gate.owned_by(optimizer)
     _wanted.pop(gate, None)
-    _in_the_open.add(gate)
+    _in_the_open[gate] = weakref.ref(controller)
 
 
 def parameters(optimizer: torch.optim.Optimizer) -> list[Tensor]:
@@ -88,6 +89,16 @@ def _after_step(optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs:
         _runs[optimizer] = [*_joined(gates), *_started(gates)]
     for run in _runs.get(optimizer, ()):
         run.stepped_by(optimizer)
+    respecialize.at_boundary(gates, lambda gate: _steps_left(gate, optimizer))
+
+
+def _steps_left(gate: Gate, optimizer: torch.optim.Optimizer) -> int | None:
+    """Of the run that a gate is part of; None where nobody said how long it is."""
+    reference = _in_the_open.get(gate)
+    own = None if reference is None else reference()
+    driven = (run.controller for run in _runs.get(optimizer, ()) if gate in run.owned)
+    controller = own or next(driven, None)
+    return None if controller is None or controller.total_steps is None else controller.total_steps - controller.steps
 
 
 def _joined(gates: list[Gate]) -> list[_Run]:

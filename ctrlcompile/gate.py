@@ -51,6 +51,7 @@ class Gate:
         signals: float32 `[2, R, C]` leaf; backward accumulates into its `.grad` the sum over each block of
             weight * gradient and of gradient ** 2.
         block_area: float32 `[R, C]` on the CPU, weight entries in each block (partial blocks have fewer).
+        updates: how often the mask was written.
     """
 
     @on_cpu
@@ -67,7 +68,7 @@ class Gate:
         self.signals = torch.zeros(2, rows, columns, device=device)
         heights, widths = block_sides(self.shape[0], block[0], rows), block_sides(self.shape[1], block[1], columns)
         self.block_area = heights[:, None] * widths[None, :] * math.prod(weight.shape[2:])
-        self.active = rows * columns
+        self.active, self.updates = rows * columns, 0
         self.active_area, self.probed_area = float(weight.numel()), 0.0
         self._entries = weight.numel()
         self._weight = weakref.ref(weight)
@@ -117,7 +118,7 @@ class Gate:
         gone = self._mask & ~mask
         self._mask.copy_(mask)
         index_lists.write_(self.lists, mask)
-        self.active = int(mask.sum())
+        self.active, self.updates = int(mask.sum()), self.updates + 1
         self.active_area = float(self.block_area[mask].sum()) if self.active else 0.0
         self.probe_(torch.empty(0, dtype=torch.int64))
         self.settle()

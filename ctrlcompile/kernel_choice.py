@@ -1,8 +1,9 @@
 """Which kernel computes a gated layer: generated C++ on a CPU, generated Triton on a GPU, a dense product elsewhere.
 
-Where no kernel can run, the framework's dense products compute the same, after one warning that says why. On a GPU a
-gate that is denser than the measured crossover of its shape runs as a dense product, too. A convolution whose window
-is a single tap that sees every position is a linear, and computed as one.
+Where no kernel can run, the framework's dense products compute the same, after one warning that says why. On a CPU a
+gate may have other variants in force (`variants`); on a GPU one that is denser than the measured crossover of its shape
+runs as a dense product, too. A convolution whose window is a single tap that sees every position is a linear, and
+computed as one.
 """
 
 import functools
@@ -16,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ctrlcompile import variants
 from ctrlcompile.blocks import Block
 from ctrlcompile.gate import registry
 from ctrlcompile.kernels import index_lists, isa
@@ -178,6 +180,9 @@ def _compute(
     try:
         size = input_size or tuple(arguments[role == "wgrad"].shape[2:])
         if (kernel := _kernel(role, moving, weight, lists, block, activation, window, size)) is not None:
+            gate = registry.with_lists(lists.crow_indices) if role in variants.ROLES else None
+            if gate is not None and (table := variants.table_of(gate)) is not None:
+                return variants.compute(role, arguments, gate, table, kernel, _module(family.dense))
             return getattr(kernel, role)(*arguments)
     except KernelBuildError as error:
         _give_up(_types(family, weight.device, moving.dtype, weight.dtype, block, activation), error)

@@ -69,4 +69,4 @@ class Controller(controller.Controller):
         super().__init__(trained, meter.counter(trained.values()), budget, total_steps, interval=interval)
         self.log = run_log.start(log, self)
         for gate in trained.values():
-            follow.leave(gate, steps[id(gate.weight)])
+            follow.leave(gate, steps[id(gate.weight)], self)

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from ctrlcompile.blocks import Block, BlockChoice, parse_block
 from ctrlcompile.controller.budget import Budget
+from ctrlcompile.respecialize import Mode, check_mode
 from ctrlcompile.run_log import check_folder
 
 MODES = ("default", "max-autotune-no-cudagraphs", "max-autotune")
@@ -25,6 +26,9 @@ class Options:
         exclude: shell-style patterns of Parameter names that stay dense.
         strict: raise where the backend would otherwise warn and compute densely.
         log: folder for the run's log, which `ctrlcompile report` reads; None: no log.
+        respecialize: "auto": other variants of the kernels are built in the background and put in force where the
+            clock says that they are faster; "never": runs agree to the last bit; a callable is asked of each
+            `respecialize.Proposal` and returns whether to follow it.
     """
 
     budget: Budget | None = None
@@ -33,6 +37,7 @@ class Options:
     exclude: tuple[str, ...] = ()
     strict: bool = False
     log: Path | None = None
+    respecialize: Mode = "auto"
 
 
 def parse(options: Mapping[str, Any] | None) -> Options:
@@ -70,6 +75,7 @@ def parse(options: Mapping[str, Any] | None) -> Options:
         exclude=tuple(exclude),
         strict=strict,
         log=None if log is None else check_folder(log),
+        respecialize=check_mode(given.get("respecialize", "auto")),
     )
 
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, fx
 from torch._guards import TracingContext
 
-from ctrlcompile import cost, follow, ops, run_log
+from ctrlcompile import cost, follow, ops, respecialize, run_log
 from ctrlcompile.blocks import Block
 from ctrlcompile.controller.coupling import Coupled, Coupling
 from ctrlcompile.controller.host import on_cpu
@@ -104,6 +104,7 @@ class Region:
                 gate = registry.get_or_create(parameter, self.options.block, weight.name)
             if gate is not None:
                 gate.settle()
+                respecialize.adopt(gate, self.options.respecialize)
                 if self.options.budget is not None:
                     follow.adopt(gate, self.options)
             gates.append(gate)

@@ -5,20 +5,28 @@ It is written under another name and moved into place, so that any number of pro
 digest, which is checked before it is loaded, so that a damaged file is built anew rather than run.
 """
 
+import contextlib
 import ctypes
 import functools
 import hashlib
 import os
 import shlex
 import shutil
+import signal
 import subprocess
 import tempfile
+import threading
+import time
 import warnings
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
 
 _TIMEOUT_S = 300
+
+
+compile_seconds: list[float] = []  # what each compilation of this process took
 
 
 class KernelBuildError(RuntimeError):
@@ -48,6 +56,22 @@ def load(name: str, source: str, flags: tuple[str, ...]) -> ctypes.CDLL:
             str(error),
             f"Delete {path.parent}; if it lies on a file system mounted noexec, set CTRLCOMPILE_CACHE_DIR to another",
         ) from error
+
+
+@contextlib.contextmanager
+def beside_training(timeout_s: float) -> Iterator[None]:
+    """What this thread compiles inside yields the processor to whoever wants it, and fails after so many seconds."""
+    _terms.prefix, _terms.timeout_s = ("nice", "-n", "19") if shutil.which("nice") else (), timeout_s
+    try:
+        yield
+    finally:
+        del _terms.prefix, _terms.timeout_s
+
+
+def stop_compiling() -> None:
+    """Ends the compilers that run; whoever waits for one gets a KernelBuildError."""
+    for process in tuple(_running):
+        _kill(process)
 
 
 def cache_folder() -> Path:
@@ -111,10 +135,9 @@ def _compile(path: Path, source: str, command: tuple[str, ...]) -> Path:
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=".build-") as scratch:
         draft_text, draft = Path(scratch, text.name), Path(scratch, path.name)
         draft_text.write_text(source)
+        started = time.perf_counter()
         try:
-            result = subprocess.run(
-                (*command, "-o", str(draft), str(draft_text)), capture_output=True, text=True, timeout=_TIMEOUT_S
-            )
+            result = _run((*getattr(_terms, "prefix", ()), *command, "-o", str(draft), str(draft_text)))
         except (OSError, subprocess.SubprocessError) as error:
             raise KernelBuildError("the C++ compiler does not run", str(error), "Set CXX to one that works") from error
         if result.returncode or not draft.exists():
@@ -124,6 +147,7 @@ def _compile(path: Path, source: str, command: tuple[str, ...]) -> Path:
                 lines[0].strip() if lines else f"exit status {result.returncode}",
                 "Set CXX to GCC 10 or newer or Clang 12 or newer, with OpenMP",
             )
+        compile_seconds.append(time.perf_counter() - started)
         with open(draft, "ab") as library:  # a footer: the loader ignores it, and it cannot part from the file
             library.write(_digest(draft.read_bytes()))
         os.replace(draft_text, text)
@@ -131,6 +155,28 @@ def _compile(path: Path, source: str, command: tuple[str, ...]) -> Path:
     return path
 
 
+def _run(command: Sequence[str]) -> "subprocess.CompletedProcess[str]":
+    """Like `subprocess.run`, but what the compiler has started ends with it."""
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, start_new_session=True) as process:
+        _running.add(process)
+        try:
+            out, errors = process.communicate(timeout=getattr(_terms, "timeout_s", _TIMEOUT_S))
+        except BaseException:
+            _kill(process)
+            raise
+        finally:
+            _running.discard(process)
+    return subprocess.CompletedProcess(command, process.returncode, out, errors)
+
+
+def _kill(process: "subprocess.Popen[str]") -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+
+
+_terms = threading.local()
+_running: "set[subprocess.Popen[str]]" = set()
 _FOOTER = b"ctrlcompile"
 
 

@@ -72,6 +72,11 @@ def wgrad(
     )  # fmt: skip
 
 
+def build_rows(x_dtype: torch.dtype, weight_dtype: torch.dtype, block: Block, activation: str) -> None:
+    """Builds what `rows` needs for these types and this block, so that no call of it has to."""
+    _rows_library(block, x_dtype, weight_dtype, activation, isa.current())
+
+
 def sources(x_dtype: torch.dtype, weight_dtype: torch.dtype, block: Block, activation: str) -> dict[str, Path]:
     """The generated C++ of the forward, dgrad and wgrad kernels for these types; built where they are not yet."""
     target = isa.current()

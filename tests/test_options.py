@@ -21,6 +21,8 @@ def test_given_values_arrive():
     assert (options.total_steps, options.block, options.exclude) == (70, (8, 16), ("*.head.*",))
     assert options.strict
     assert parse({"block": 16}).block == (16, 16)
+    for mode in ("never", "auto", bool):
+        assert parse({"respecialize": mode}).respecialize == mode
 
 
 def test_an_unknown_option_is_refused_with_the_list_of_those_that_exist():
@@ -50,6 +52,8 @@ def test_an_unknown_option_is_refused_with_the_list_of_those_that_exist():
         ({"budget": 0.4, "log": 3}, TypeError, r"log is the folder .* got 3"),
         ({"budget": 0.4, "log": __file__}, ValueError, r"log: cannot be written, .*test_options\.py"),
         ({"strict": "yes"}, TypeError, r"True or False; got 'yes'"),
+        ({"respecialize": "always"}, ValueError, r"\"auto\", \"never\" or a callable; got 'always'"),
+        ({"respecialize": False}, TypeError, r"yes or no to each Proposal; got False"),
     ],
 )
 def test_a_wrong_value_is_refused_where_it_comes_in(options, error, message):

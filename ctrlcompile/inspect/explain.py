@@ -9,7 +9,7 @@ from typing import Any, Literal
 from rich.table import Table
 from torch import Tensor, nn
 
-from ctrlcompile import kernel_choice
+from ctrlcompile import kernel_choice, respecialize
 from ctrlcompile.blocks import Block
 from ctrlcompile.gate import GATEABLE, Gate, plain
 from ctrlcompile.inspect import tables
@@ -17,6 +17,7 @@ from ctrlcompile.inspect.graphs import Graph
 from ctrlcompile.inspect.undisturbed import call, check_compiled, undisturbed
 from ctrlcompile.layers import Layer
 from ctrlcompile.region import Visit, watch
+from ctrlcompile.variants import BLOCK_SPARSE
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,9 @@ class Row:
         flops: of forward and backward in a training step with these inputs, at the present density; 2 per multiply-add.
         dense_flops: the same at density 1.
         source: file and line of the call.
-        kernel_sources: the generated source of the kernels by role (forward, dgrad, wgrad); empty when there are none.
+        kernel_sources: the generated source of the block-sparse kernels by role (forward, dgrad, wgrad); empty when
+            there are none.
+        variants: the variant in force for each role, see `ctrlcompile.variants`; empty when not gated.
     """
 
     name: str
@@ -50,6 +53,7 @@ class Row:
     dense_flops: float
     source: str
     kernel_sources: dict[str, Path] = field(default_factory=dict)
+    variants: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, repr=False)
@@ -61,12 +65,15 @@ class Explanation(tables.Shown):
         graphs: one per compiled graph that ran, before and after each pass.
         dense_flops: of the whole training step, dense: every matrix product, gated or not.
         flops: of the same at the present densities.
+        model_error: median of |predicted / measured - 1| of what variants were predicted to take; None before any
+            prediction could be checked.
     """
 
     rows: tuple[Row, ...]
     graphs: tuple[Graph, ...]
     dense_flops: float
     flops: float
+    model_error: float | None = None
 
     @property
     def regions(self) -> int:
@@ -84,7 +91,10 @@ class Explanation(tables.Shown):
 
     def to_json(self) -> str:
         """The rows and the step's FLOPs as JSON."""
-        step = {"regions": self.regions, "dense_flops": self.dense_flops, "flops": self.flops}
+        step = {
+            "regions": self.regions, "dense_flops": self.dense_flops, "flops": self.flops,
+            "model_error": self.model_error,
+        }  # fmt: skip
         return json.dumps({"step": step, "rows": [asdict(row) for row in self.rows]}, indent=1, default=str)
 
     def _table(self) -> Table:
@@ -95,6 +105,7 @@ class Explanation(tables.Shown):
         for row in self.rows:
             block = f"{row.block[0]} x {row.block[1]}" if row.block else "dense"
             what = row.kernel if row.gated else f"{row.kernel}: {row.reason}"
+            what += "".join(f"; {role} {name}" for role, name in row.variants.items() if name != BLOCK_SPARSE.kind)
             shape = " x ".join(map(str, row.shape)) or "?"
             source = row.source.rsplit("/", 1)[-1]
             table.add_row(row.name, shape, block, f"{row.density:.3f}", what, source, f"{self._share(row.flops):.1%}")
@@ -164,7 +175,7 @@ def _explanation(module: nn.Module, visits: list[Visit]) -> Explanation:
             rows.append(Row(name, prefix, tuple(weight.shape), False, reason, None, 1.0, "not compiled", 0.0, 0.0, ""))
     saved = sum(row.dense_flops - row.flops for row in rows)
     graphs = tuple(Graph(visit.variant.changes, _densities(visit)) for visit in visits)
-    return Explanation(tuple(rows), graphs, dense_flops, dense_flops - saved)
+    return Explanation(tuple(rows), graphs, dense_flops, dense_flops - saved, respecialize.model_error())
 
 
 def _densities(visit: Visit) -> dict[str, float]:
@@ -181,4 +192,7 @@ def _row(name: str, layer: Layer, parameter: Tensor | None, gate: Gate | None, a
     kernel = kernel_choice.kernel_name(*types, layer.family) if reason is None else f"dense ({reason})"
     sources = kernel_choice.kernel_sources(*types, gate.block, activation, layer.family)
     used = dense * gate.active_share
-    return Row(name, layer.module, shape, True, "", gate.block, gate.density, kernel, used, dense, where, sources)
+    variants = respecialize.in_force(gate) if reason is None else {}
+    return Row(
+        name, layer.module, shape, True, "", gate.block, gate.density, kernel, used, dense, where, sources, variants
+    )  # fmt: skip

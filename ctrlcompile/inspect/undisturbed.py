@@ -11,11 +11,12 @@ from torch._dynamo.exc import BackendCompilerFailed, TorchDynamoException
 from torch.utils._pytree import tree_map_only
 
 from ctrlcompile.region import Visit
+from ctrlcompile.variants import unrecorded
 
 
 @contextlib.contextmanager
 def undisturbed(module: nn.Module) -> Iterator[None]:
-    """Puts back random state and the module's buffers (BatchNorm's averages, say) in the end."""
+    """Puts back random state and the module's buffers (BatchNorm's averages, say) in the end; calls are not timed."""
     buffers = [
         (owner, name, buffer, buffer.clone())
         for owner in module.modules()
@@ -25,7 +26,7 @@ def undisturbed(module: nn.Module) -> Iterator[None]:
     gpus = sorted({p.device.index or 0 for p in module.parameters() if p.device.type == "cuda"})
     state = random.getstate()
     try:
-        with torch.random.fork_rng(devices=gpus):
+        with unrecorded(), torch.random.fork_rng(devices=gpus):
             yield
     finally:
         random.setstate(state)

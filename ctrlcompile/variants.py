@@ -1,0 +1,197 @@
+"""The variants that a gated product can be computed by on a CPU, and the one in force for each gate and role.
+
+Each is right for every mask, and fast for some: the block-sparse kernel in the gate's own blocks; the same kernel in
+`coarse` blocks, several of the gate's merged into one that is active where any of them is; the framework's `dense`
+product. The last two multiply masked blocks, which the gate keeps zero. The weight gradient, which reports on every
+block of the gate, is always block-sparse.
+
+What is in force is read here at each call, and changed by `respecialize` only after a step of the optimizer that owns
+the weight: never between a forward pass and its backward or recomputation.
+"""
+
+import contextlib
+import time
+import weakref
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ctrlcompile.blocks import LARGEST_SIDE, Block, no_room
+from ctrlcompile.gate import Gate
+from ctrlcompile.kernels import index_lists
+from ctrlcompile.kernels.index_lists import BlockLists
+
+ROLES = ("forward", "dgrad")  # those that have variants
+KEPT_CALLS = 64  # of a role, until they are taken
+_LISTS = {"forward": 3, "dgrad": 2}  # position of the index lists among a kernel's arguments; the block comes after
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way to compute a product: `merged` blocks of the gate, down and across, make one of the kernel's."""
+
+    kind: str
+    merged: tuple[int, int] = (1, 1)
+
+    def block(self, own: Block) -> Block:
+        """Sides of the kernel's blocks for a gate with blocks of `own`."""
+        return own[0] * self.merged[0], own[1] * self.merged[1]
+
+    def name(self, own: Block) -> str:
+        """What users call it."""
+        return self.kind if self.kind != "coarse" else "coarse {}x{}".format(*self.block(own))
+
+
+BLOCK_SPARSE, DENSE = Variant("block-sparse"), Variant("dense")
+COARSEST = 64  # sides of merged blocks: larger ones were no faster on any machine
+
+
+def candidates(gate: Gate, groups: int) -> list[Variant]:
+    """All variants that can compute a gate's products; `groups` are those of its convolution, 1 for a linear."""
+    found = [BLOCK_SPARSE, DENSE]
+    for merged in ((1, 2), (2, 1), (2, 2), (4, 4)):
+        variant = Variant("coarse", merged)
+        block = variant.block(gate.block)
+        fits = block[0] <= gate.shape[0] and block[1] <= gate.shape[1] and max(block) <= min(COARSEST, LARGEST_SIDE)
+        if fits and no_room(gate.shape, block, groups) is None:
+            found.append(variant)
+    return found
+
+
+class Types(NamedTuple):
+    """What a call's kernel is generated for, but for its block."""
+
+    x_dtype: torch.dtype
+    weight_dtype: torch.dtype
+    activation: str
+
+
+class Call(NamedTuple):
+    """One call of a product: M, K, N, the share of the weight that it multiplied, and what it took."""
+
+    variant: Variant
+    types: Types
+    rows: int
+    inputs: int
+    outputs: int
+    share: float
+    seconds: float
+
+
+@dataclass
+class Node:
+    """A role of a gate: the variant in force, its latest calls, and what the last one was.
+
+    `ready` holds the coarse variants whose kernels are built, with the types that they were built for.
+    """
+
+    variant: Variant = BLOCK_SPARSE
+    ready: set[tuple[Variant, Types]] = field(default_factory=set)
+    calls: deque[Call] = field(default_factory=lambda: deque(maxlen=KEPT_CALLS))
+    count: int = 0
+    types: Types | None = None
+    groups: int = 1
+    family: str = ""
+
+
+class Table:
+    """The nodes of a gate by role, and the index lists of its merged blocks."""
+
+    def __init__(self) -> None:
+        self.nodes = {role: Node() for role in ROLES}
+        self._areas: dict[Variant, tuple[Tensor, float]] = {}
+        self._shares: dict[Variant, tuple[int, float]] = {}
+        self._lists: dict[Variant, tuple[int, BlockLists]] = {}
+
+    def share(self, variant: Variant, gate: Gate) -> float:
+        """The part of the weight's entries that a variant multiplies under the gate's present mask."""
+        if variant.merged == (1, 1):
+            return 1.0 if variant == DENSE else gate.active_share
+        kept = self._shares.get(variant)
+        if kept is None or kept[0] != gate.updates:
+            if variant not in self._areas:
+                area = _patches(gate.block_area, variant.merged).sum((1, 3))
+                self._areas[variant] = area, float(area.sum())
+            area, whole = self._areas[variant]
+            kept = self._shares[variant] = gate.updates, float(area[_merged(gate, variant)].sum()) / whole
+        return kept[1]
+
+    def lists(self, variant: Variant, gate: Gate) -> BlockLists:
+        """Index lists of the variant's blocks under the gate's present mask."""
+        if variant.merged == (1, 1):
+            return gate.lists
+        kept = self._lists.get(variant)
+        if kept is None or kept[0] != gate.updates:
+            kept = self._lists[variant] = gate.updates, index_lists.build(_merged(gate, variant))
+        return kept[1]
+
+
+def table_of(gate: Gate) -> Table | None:
+    """The table of a gate whose variants may change; None where it stays block-sparse."""
+    return _tables.get(gate)
+
+
+def open_table(gate: Gate) -> Table:
+    """The table of a gate, made where there is none yet."""
+    return _tables.setdefault(gate, Table())
+
+
+def compute(role: str, arguments: tuple[Any, ...], gate: Gate, table: Table, sparse: Any, dense: Any) -> Any:
+    """A call of a role by the variant in force, timed; `sparse` and `dense` are modules of kernels."""
+    node = table.nodes[role]
+    variant, at = node.variant, _LISTS[role]
+    moving, weight = arguments[0], arguments[1]
+    types = Types(moving.dtype, weight.dtype, arguments[at + 2] if role == "forward" else "none")
+    if variant.kind == "coarse" and (variant, types) not in node.ready:
+        variant = BLOCK_SPARSE  # called with other types than before: building now would stall the step
+    started = time.perf_counter()
+    if variant == DENSE:
+        result = getattr(dense, role)(moving, weight.to(moving.dtype), *arguments[2:])
+    elif variant == BLOCK_SPARSE:
+        result = getattr(sparse, role)(*arguments)
+    else:
+        lists, block = table.lists(variant, gate), variant.block(gate.block)
+        result = getattr(sparse, role)(*arguments[:at], lists, block, *arguments[at + 2 :])
+    seconds = time.perf_counter() - started
+    if _recording.on:
+        outputs, inputs = index_lists.matrix_shape(weight.shape)
+        rows = (result[0] if role == "forward" else moving).numel() // outputs
+        window = arguments[at + 3 - (role == "dgrad")] if weight.dim() > 2 else None
+        node.types, node.groups, node.family = types, 1 if window is None else window.groups, sparse.__name__
+        node.calls.append(Call(variant, types, rows, inputs, outputs, table.share(variant, gate), seconds))
+        node.count += 1
+    return result
+
+
+@contextlib.contextmanager
+def unrecorded() -> Iterator[None]:
+    """Calls inside are not timed: they are not a training run's."""
+    before, _recording.on = _recording.on, False
+    try:
+        yield
+    finally:
+        _recording.on = before
+
+
+class _Recording:
+    on = True
+
+
+_recording = _Recording()
+_tables: weakref.WeakKeyDictionary[Gate, Table] = weakref.WeakKeyDictionary()
+
+
+def _merged(gate: Gate, variant: Variant) -> Tensor:
+    return _patches(gate.mask, variant.merged).any(3).any(1)
+
+
+def _patches(grid: Tensor, merged: tuple[int, int]) -> Tensor:
+    """A grid `[R, C]` as `[R', merged rows, C', merged columns]`, padded with zeros."""
+    down, across = merged
+    padded = F.pad(grid, (0, -grid.shape[1] % across, 0, -grid.shape[0] % down))
+    return padded.view(padded.shape[0] // down, down, padded.shape[1] // across, across)

@@ -1,0 +1,392 @@
+"""Variants are changed beside the training: right at every step, at boundaries only, whatever becomes of a build."""
+
+import copy
+import logging
+import random
+import threading
+import time
+import warnings
+
+import pytest
+import torch
+from torch import nn
+from torch._dynamo.utils import counters
+from torch.utils.checkpoint import checkpoint
+
+import ctrlcompile as cc
+from ctrlcompile import background, respecialize, variants
+from ctrlcompile.kernels import cpu_product
+from ctrlcompile.kernels.build import KernelBuildError
+from ctrlcompile.variant_cost import CostModel
+from ctrlcompile.variants import BLOCK_SPARSE, DENSE, Call, Types, Variant
+
+from .small_models import MLP, assert_like_plain, masked_entries, prune_
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+COARSE = Variant("coarse", (2, 2))
+
+
+@pytest.fixture(autouse=True)
+def forgetful(monkeypatch):
+    """Nothing was measured, built or given up before."""
+    monkeypatch.setattr(respecialize, "_model", CostModel())
+    monkeypatch.setattr(respecialize, "_builder", background.Builder())
+    monkeypatch.setattr(respecialize, "_failed", set())
+
+
+@pytest.fixture
+def eager(monkeypatch):
+    """Any gain is worth any cost, and a trial is one turn of each."""
+    for name, value in {
+        "MARGIN": 0.0,
+        "LEAST_SAVED_S": 0.0,
+        "FEWEST_CALLS": 1,
+        "CHECK_EVERY": 1,
+        "TRIAL_TURNS": 1,
+    }.items():
+        monkeypatch.setattr(respecialize, name, value)
+    monkeypatch.setattr(respecialize.build, "compile_seconds", [0.0])
+
+
+@pytest.fixture
+def restless(monkeypatch, eager):
+    """Any variant may look the best at any boundary, and each trial is won."""
+    monkeypatch.setattr(respecialize, "MARGIN", -1e9)
+    monkeypatch.setattr(respecialize._At, "_predict", lambda self, variant: random.random())
+
+
+def step(run, optimizer, *inputs):
+    optimizer.zero_grad()
+    run(*inputs).square().mean().backward()
+    optimizer.step()
+
+
+def in_force(model):
+    return [respecialize.in_force(gate) for gate in cc.gates(model).values()]
+
+
+def assert_exact(model, run, x):
+    """Output and gradients of a training step are those of the masked model in float64."""
+    gates, exact = list(cc.gates(model).values()), copy.deepcopy(model).double()
+    results = []
+    for layers, call, leaf in ((model, run, x.clone()), (exact, exact, x.double())):
+        leaf.requires_grad_()
+        y = call(leaf)
+        wanted = [leaf, layers.fc1.weight, layers.fc2.weight]
+        results.append([y.detach(), *torch.autograd.grad(y.square().sum(), wanted)])
+    for number, (ours, theirs) in enumerate(zip(*results, strict=True)):
+        if number >= 2:
+            gone = masked_entries(gates[number - 2])
+            assert not ours[gone].any()
+            theirs = theirs.masked_fill(gone, 0)
+        torch.testing.assert_close(ours.double(), theirs, rtol=1e-4, atol=1e-5 * float(theirs.abs().max()))
+
+
+def train_restlessly(model, run, steps, seen):
+    """Flips masks at random and checks against float64 at random steps; fills in which variants served."""
+    optimizer, gates = torch.optim.SGD(model.parameters(), 1e-3), list(cc.gates(model).values())
+    for number in range(steps):
+        x = torch.randn(random.choice((16, 16, 24)), model.fc1.in_features)
+        before = in_force(model)
+        if number % 25 == 0:
+            assert_exact(model, run, x)
+            with torch.no_grad():
+                torch.testing.assert_close(run(x), model(x), rtol=1e-4, atol=1e-4)
+        optimizer.zero_grad()
+        run(x).square().mean().backward()
+        assert in_force(model) == before
+        optimizer.step()
+        seen |= {(role, name) for gate in gates for role, name in respecialize.in_force(gate).items()}
+        if random.random() < 0.3:
+            prune_([random.choice(gates)])
+
+
+def test_thousands_of_steps_stay_exact_while_masks_flip_and_variants_are_built_and_swapped(restless):
+    model, seen = MLP(48, 72, 40), set()
+    cc.gates(model, 8)
+    run = torch.compile(model, backend="ctrlprune", dynamic=True)
+    train_restlessly(model, run, 50, seen)
+    compiled, started = counters["stats"]["unique_graphs"], time.monotonic()
+    for _ in range(4):
+        train_restlessly(model, run, 500, seen)
+    while len(respecialize._builder.finished) < respecialize._builder.started and time.monotonic() - started < 60:
+        train_restlessly(model, run, 50, seen)
+    train_restlessly(model, run, 200, seen)
+    assert counters["stats"]["unique_graphs"] == compiled
+    for role in variants.ROLES:
+        assert {"block-sparse", "dense", "coarse 16x16"} <= {name for of, name in seen if of == role}
+    assert {name for of, name in seen if of == "wgrad"} == {"block-sparse"}
+
+
+class Left(MLP):
+    def forward(self, x):
+        return super().forward(x)
+
+
+class Right(MLP):
+    def forward(self, x):
+        return super().forward(x)
+
+
+def test_two_threads_train_two_models_while_their_variants_change(restless):
+    models = [Left(48, 72, 40), Right(48, 72, 40)]  # of a code of their own: Dynamo's guards do not bear two threads
+    for model in models:
+        cc.gates(model, 8)
+    runs = [torch.compile(model, backend="ctrlprune", dynamic=True) for model in models]
+    for model, run in zip(models, runs, strict=True):
+        train_restlessly(model, run, 2, set())
+    raised, seen = [], set()
+
+    def work(model, run):
+        torch.set_num_threads(1)
+        try:
+            train_restlessly(model, run, 300, seen)
+        except BaseException as error:
+            raised.append(error)
+
+    threads = [threading.Thread(target=work, args=pair) for pair in zip(models, runs, strict=True)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not raised
+    assert len({name for _, name in seen}) > 1
+
+
+class Checkpointed(MLP):
+    def forward(self, x):
+        return checkpoint(super().forward, x, use_reentrant=False)
+
+
+def test_a_recomputation_runs_by_the_variant_of_its_forward(restless):
+    model = Checkpointed(40, 72, 40)
+    optimizer, gates = torch.optim.SGD(model.parameters(), 1e-3), cc.gates(model, 8)
+    run = torch.compile(model, backend="ctrlprune")
+    used = set()
+    for number in range(60):
+        for gate in gates.values():
+            variants.open_table(gate).nodes["forward"].calls.clear()
+        optimizer.zero_grad()
+        run(torch.randn(16, 40)).square().mean().backward()
+        for gate in gates.values():
+            calls = [call.variant for call in variants.open_table(gate).nodes["forward"].calls]
+            assert len(calls) in (1, 2)
+            assert len(set(calls)) == 1
+            used |= set(calls)
+        optimizer.step()
+        if number % 10 == 0:
+            assert_like_plain(run, model, torch.randn(16, 40))
+            prune_(gates.values())
+    assert DENSE in used
+    assert BLOCK_SPARSE in used
+
+
+def test_evaluation_between_steps_agrees_and_changes_nothing(restless):
+    model = MLP(48, 72, 40)
+    gates = cc.gates(model, 8)
+    run, optimizer = torch.compile(model, backend="ctrlprune"), torch.optim.AdamW(model.parameters())
+    for _ in range(40):
+        step(run, optimizer, torch.randn(16, 48))
+        before = in_force(model)
+        model.eval()
+        with torch.no_grad():
+            x = torch.randn(64, 48)
+            torch.testing.assert_close(run(x), model(x), rtol=1e-4, atol=1e-4)
+        model.train()
+        assert in_force(model) == before
+        prune_(gates.values())
+
+
+# When and what ------------------------------------------------------------------------------------------------------
+
+
+def simulated(monkeypatch, seconds, mode="auto", left=10_000, block=8):
+    """A gate whose calls take what `seconds(variant, share)` says, and a function that makes it take steps."""
+    linear = nn.Linear(96, 96)
+    gate = cc.gates(linear, block)["weight"]
+    respecialize.adopt(gate, mode)
+    table = variants.table_of(gate)
+
+    def steps(count):
+        assert linear.weight is gate.weight
+        for _ in range(count):
+            for node in table.nodes.values():
+                node.types, node.family = Types(torch.float32, torch.float32, "none"), "cpu_linear"
+                share = table.share(node.variant, gate)
+                taken = seconds(node.variant, share) * random.uniform(0.99, 1.01)
+                node.calls.append(Call(node.variant, node.types, 64, 96, 96, share, taken))
+                node.count += 1
+            respecialize.at_boundary([gate], lambda _: left)
+
+    return gate, steps
+
+
+def names(gate):
+    return set(list(respecialize.in_force(gate).values())[:2])
+
+
+def wait_for_builds():
+    started = time.monotonic()
+    while any(not b.done.is_set() for b in respecialize._builder._builds.values()) and time.monotonic() - started < 60:
+        time.sleep(0.01)
+
+
+def faster_dense(variant, share):
+    return share * {"block-sparse": 1.0, "dense": 0.7, "coarse": 2.0}[variant.kind]
+
+
+def test_the_faster_variant_serves_and_leaves_at_the_boundary_where_the_masks_no_longer_suit_it(monkeypatch, caplog):
+    gate, steps = simulated(monkeypatch, faster_dense)
+    monkeypatch.setattr(respecialize, "MOST_BUILDS", 0)
+    with caplog.at_level(logging.INFO, logger=respecialize.log.name):
+        steps(60)
+    assert names(gate) == {"dense"}
+    assert any("block-sparse -> dense" in text and "in force" in text for text in caplog.messages)
+    mask = torch.arange(gate.active).view(gate.grid) % 2 == 0
+    gate.update_(mask)
+    steps(1)
+    assert names(gate) == {"block-sparse"}
+    gate.update_(~torch.zeros_like(mask))
+    steps(1)
+    assert names(gate) == {"dense"}
+    assert respecialize.model_error() < 0.05
+
+
+def test_a_coarse_variant_is_built_in_the_background_tried_and_put_in_force(monkeypatch):
+    def seconds(variant, share):
+        return share * {(1, 1): 1.0, (4, 4): 0.5}.get(variant.merged, 0.9) * (2 if variant == DENSE else 1)
+
+    gate, steps = simulated(monkeypatch, seconds)
+    for _ in range(5):
+        steps(50)
+        wait_for_builds()
+    assert names(gate) == {"coarse 32x32"}
+
+
+def test_what_is_slower_when_tried_does_not_stay_and_is_not_tried_again(monkeypatch):
+    monkeypatch.setattr(respecialize, "MOST_BUILDS", 0)
+    gate, steps = simulated(monkeypatch, lambda variant, share: share * (1.0 if variant == BLOCK_SPARSE else 1.2))
+    tried = []
+    begin = respecialize._At.begin
+    monkeypatch.setattr(respecialize._At, "begin", lambda self, c: (tried.append(self.role), begin(self, c)))
+    steps(400)
+    assert sorted(tried) == ["dgrad", "forward"]
+    assert names(gate) == {"block-sparse"}
+
+
+def test_nothing_is_tried_that_the_remaining_steps_do_not_pay_back(monkeypatch):
+    for left, tries in ((0, False), (1, False), (10_000, True)):
+        gate, steps = simulated(monkeypatch, lambda variant, share: 1e-3 * faster_dense(variant, share), left=left)
+        monkeypatch.setattr(respecialize, "_model", CostModel())
+        steps(100)
+        assert (respecialize._plans[gate].courses["forward"].own.keys() > {BLOCK_SPARSE}) is tries
+
+
+def test_never_leaves_calls_alone(monkeypatch):
+    linear = nn.Linear(96, 96)
+    gate = cc.gates(linear, 8)["weight"]
+    respecialize.adopt(gate, "never")
+    assert variants.table_of(gate) is None
+    assert respecialize.in_force(gate) == dict.fromkeys(("forward", "dgrad", "wgrad"), "block-sparse")
+
+
+def test_a_callable_is_asked_and_a_no_is_final_until_the_masks_change(monkeypatch):
+    asked = []
+
+    def decide(proposal):
+        asked.append(proposal)
+        return False
+
+    gate, steps = simulated(monkeypatch, faster_dense, mode=decide)
+    steps(25)
+    first = list(asked)
+    assert {(p.node, p.current) for p in first} == {
+        ("weight forward", "block-sparse"),
+        ("weight dgrad", "block-sparse"),
+    }
+    assert all(0 < p.gain < 1 and p.saved_s > 0 <= p.cost_s for p in first)
+    steps(300)
+    assert names(gate) == {"block-sparse"}
+    proposed = [(p.node, p.proposed) for p in asked]
+    assert len(proposed) == len(set(proposed))
+    asked.clear()
+    gate.update_(torch.rand(gate.grid) < 2)
+    steps(1)
+    assert asked
+
+
+# Builds that go wrong -----------------------------------------------------------------------------------------------
+
+COMPILERS = {
+    "fails": "echo 'x.cpp: error: no' >&2; exit 1",
+    "hangs": "sleep 1000 & wait",
+    "is killed": "kill -9 $$",
+}
+
+
+@pytest.mark.parametrize("what", COMPILERS)
+def test_a_build_that_goes_wrong_leaves_what_is_in_force_with_one_warning(what, monkeypatch, tmp_path):
+    compiler = tmp_path / "c++"
+    compiler.write_text(f'#!/bin/sh\n[ "$1" = --version ] && exec echo {what}\n{COMPILERS[what]}\n')
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CTRLCOMPILE_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setattr(background, "TIMEOUT_S", 0.3)
+    monkeypatch.setattr(respecialize.variants, "candidates", lambda gate, groups: [BLOCK_SPARSE, COARSE])
+    gate, steps = simulated(monkeypatch, lambda variant, share: share, block=24)
+    monkeypatch.setenv("CXX", str(compiler))
+    cpu_product._rows_library.cache_clear()
+    steps(25)
+    assert respecialize._builder.started == 1
+    wait_for_builds()
+    with pytest.warns(RuntimeWarning, match="goes on without the coarse 48x48 kernels"):
+        steps(1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        steps(100)
+    assert respecialize._builder.started == 1
+    assert names(gate) == {"block-sparse"}
+
+
+def test_a_build_ends_with_its_compiler_when_it_is_stopped(monkeypatch, tmp_path):
+    compiler = tmp_path / "c++"
+    compiler.write_text(f'#!/bin/sh\n[ "$1" = --version ] && exec echo slow\n{COMPILERS["hangs"]}\n')
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CTRLCOMPILE_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setenv("CXX", str(compiler))
+    cpu_product._rows_library.cache_clear()
+    begun = respecialize._builder.build(((48, 24), Types(torch.float32, torch.float32, "none")))
+    while not respecialize.build._running and not begun.done.is_set():
+        time.sleep(0.01)
+    respecialize.build.stop_compiling()
+    assert begun.done.wait(10)
+    assert isinstance(begun.error, KernelBuildError)
+    assert not list((tmp_path / "cache").glob("*.so"))
+
+
+def test_explain_shows_the_variant_in_force_and_the_models_error(restless):
+    model = MLP(48, 72, 40)
+    gates = cc.gates(model, 8)
+    run, optimizer = torch.compile(model, backend="ctrlprune"), torch.optim.AdamW(model.parameters())
+    for _ in range(20):
+        step(run, optimizer, torch.randn(16, 48))
+    gate = gates["fc1.weight"]
+    variants.open_table(gate).nodes["forward"].variant = DENSE
+    explanation = cc.explain(run)(torch.randn(16, 48))
+    row = next(row for row in explanation if row.name == "fc1.weight")
+    assert row.variants == respecialize.in_force(gate)
+    assert "forward dense" in str(explanation)
+    assert explanation.model_error == respecialize.model_error()
+
+
+def test_masks_set_by_hand_need_no_controller(eager, monkeypatch):
+    model = MLP(48, 72, 40)
+    cc.gates(model, 8)
+    run, optimizer = torch.compile(model, backend="ctrlprune"), torch.optim.SGD(model.parameters(), 1e-3)
+    monkeypatch.setattr(respecialize._At, "_predict", lambda self, variant: 2 - (variant == DENSE))
+    monkeypatch.setattr(respecialize, "_rate", lambda call: 2 - (call.variant == DENSE))
+    for _ in range(12):
+        step(run, optimizer, torch.randn(16, 48))
+    first, second = in_force(model)
+    assert (first["forward"], second["forward"], second["dgrad"]) == ("dense",) * 3
+    assert first["dgrad"] == "block-sparse"  # never called: nobody asks for the gradient of the model's input
