@@ -100,11 +100,11 @@ def seconds(coefficients: tuple[float, float, float], size: Size) -> float:
 
 def fit(observations: Sequence[Observation]) -> tuple[float, float, float]:
     """Constant, seconds per FLOP and per byte, none negative, of least squared relative error."""
-    terms = torch.tensor([(1.0, *_amounts(*size)) for size, _ in observations], dtype=torch.float64)
-    terms /= torch.tensor([taken for _, taken in observations], dtype=torch.float64)[:, None]
+    terms = torch.tensor([(1.0, *_amounts(*size)) for size, _ in observations], dtype=torch.float64, device="cpu")
+    terms /= torch.tensor([taken for _, taken in observations], dtype=torch.float64, device="cpu")[:, None]
     scales = terms.amax(0)
     terms /= scales
-    wanted = torch.ones(len(observations), 1, dtype=torch.float64)
+    wanted = torch.ones(len(observations), 1, dtype=torch.float64, device="cpu")
     best, least = (0.0, 0.0, 0.0), float("inf")
     # Three terms: each set of those that are not zero is tried. That is what non-negative least squares comes to.
     flops = [_amounts(*size)[0] for size, _ in observations]
