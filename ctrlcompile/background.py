@@ -1,4 +1,4 @@
-"""Builds kernels beside the training: one after the other, in one thread, niced, and given up after a time."""
+"""Builds kernels beside the training: one at a time, in one thread, at idle priority, given up after a time."""
 
 import atexit
 import logging

@@ -61,7 +61,8 @@ def load(name: str, source: str, flags: tuple[str, ...]) -> ctypes.CDLL:
 @contextlib.contextmanager
 def beside_training(timeout_s: float) -> Iterator[None]:
     """What this thread compiles inside yields the processor to whoever wants it, and fails after so many seconds."""
-    _terms.prefix, _terms.timeout_s = ("nice", "-n", "19") if shutil.which("nice") else (), timeout_s
+    _terms.prefix = next((way for way in _YIELDING if shutil.which(way[0])), ())
+    _terms.timeout_s = timeout_s
     try:
         yield
     finally:
@@ -175,6 +176,7 @@ def _kill(process: "subprocess.Popen[str]") -> None:
         os.killpg(process.pid, signal.SIGKILL)
 
 
+_YIELDING = (("chrt", "--idle", "0"), ("nice", "-n", "19"))  # only on a core that is idle; with little of one
 _terms = threading.local()
 _running: "set[subprocess.Popen[str]]" = set()
 _FOOTER = b"ctrlcompile"
