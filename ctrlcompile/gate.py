@@ -52,6 +52,7 @@ class Gate:
             weight * gradient and of gradient ** 2.
         block_area: float32 `[R, C]` on the CPU, weight entries in each block (partial blocks have fewer).
         updates: how often the mask was written.
+        normalised: whether, in a graph that has run, each output channel is normalised by itself, as batch norm does.
     """
 
     @on_cpu
@@ -70,6 +71,7 @@ class Gate:
         self.block_area = heights[:, None] * widths[None, :] * math.prod(weight.shape[2:])
         self.active, self.updates = rows * columns, 0
         self.active_area, self.probed_area = float(weight.numel()), 0.0
+        self.normalised = False
         self._entries = weight.numel()
         self._weight = weakref.ref(weight)
         self._optimizer: weakref.ref[torch.optim.Optimizer] | None = None

@@ -18,6 +18,7 @@ from ctrlcompile.passes.graph_edit import Scope, argument, scopes, uses
 from ctrlcompile.passes.layer_nodes import TRANSPOSED, is_layer, is_linear, is_weight_of, obstacle, window_of
 from ctrlcompile.passes.outline import module_path
 
+NORMALISING = (torch.nn.functional.batch_norm, torch.nn.functional.instance_norm, torch.batch_norm, torch.instance_norm)
 COMPUTED = "its weight is computed in the graph (a parametrization, say), not a Parameter"
 
 
@@ -35,7 +36,8 @@ class Layer:
     """A linear or a convolution of the graph.
 
     `weight` indexes the region's weights, None where the weight is no argument; `window` is None for a linear;
-    `obstacle` says why it cannot be gated at all, `reason` why it is not by itself.
+    `normalised` says that each output channel is normalised by itself, as batch norm does; `obstacle` says why it
+    cannot be gated at all, `reason` why it is not by itself.
     """
 
     node: str
@@ -47,6 +49,7 @@ class Layer:
     shape: tuple[int, ...]
     window: Window | None
     product: ProductCost
+    normalised: bool
     obstacle: str | None
     reason: str | None
 
@@ -97,7 +100,7 @@ def find_layers(
                 Layer(
                     f"{scope.prefix}{node.name}", index, name, module_path(node), _source_line(node), dtype,
                     tuple(weight.meta["example_value"].shape), None if why_never else window_of(node), _product(node),
-                    why_never, why_never or reason,
+                    any(user.target in NORMALISING for user in node.users), why_never, why_never or reason,
                 )
             )  # fmt: skip
     return weights, layers

@@ -83,7 +83,11 @@ class Region:
             parameters = tuple(args[weight.position] for weight in self.weights)
             _watcher.visits.append(Visit(self, variant, parameters, tuple(gates), self._bind(args)))
         elif torch.is_grad_enabled() and cost.meter.listening:
-            cost.meter.record(self._bind(args), self.gates_by_layer(gates), self._coupled(gates))
+            gated = self.gates_by_layer(gates)
+            for layer, gate in zip(self.layers, gated, strict=True):
+                if layer.normalised and gate is not None:
+                    gate.normalised = True
+            cost.meter.record(self._bind(args), gated, self._coupled(gates))
             for log in tuple(run_log.graphless):
                 log.see(variant.changes[-1].outlines[1], self.gates_by_node(gates))
         inputs: list[Tensor] = []

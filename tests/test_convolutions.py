@@ -263,3 +263,25 @@ def test_a_batch_norms_momentum_as_an_input_costs_no_gate(monkeypatch):
     torch.compile(model, backend="ctrlprune", dynamic=True)(torch.randn(2, 32, 6, 6)).sum().backward()
     assert gate in counter().gated
     assert not model[0].weight.grad[masked_entries(gate)].any()
+
+
+def test_a_dead_channel_does_not_come_back_to_its_batch_norm():
+    """It has no variance, so the norm multiplies its gradient by 1 / sqrt(epsilon): to a probe it looks best of all."""
+    model = nn.Sequential(
+        nn.Conv2d(32, 32, 3, padding=1), nn.BatchNorm2d(32), nn.ReLU(), nn.Conv2d(32, 32, 1), nn.BatchNorm2d(32)
+    )
+    optimizer = torch.optim.SGD(model.parameters(), 0.05, momentum=0.9)
+    run = torch.compile(model, backend="ctrlprune", options={"budget": 0.7, "total_steps": 200, "block": 8})
+    target = torch.randn(16, 32, 6, 6)
+    for step in range(200):
+        optimizer.zero_grad()
+        (run(torch.randn(16, 32, 6, 6)) - target).square().mean().backward()
+        optimizer.step()
+        if step == 60:
+            gate = cc.gates(model)["3.weight"]
+            mask = gate.mask
+            mask[1] = False
+            gate.update_(mask)
+    assert gate.normalised
+    assert cc.controller_of(optimizer).reactivations > 0
+    assert gate.mask.any(1).tolist() == [True, False, True, True]

@@ -53,6 +53,8 @@ class Gate(Protocol):
     @property
     def trained(self) -> bool: ...  # whether an optimizer steps the weight; if none does, its blocks stay
     @property
+    def normalised(self) -> bool: ...  # whether each output channel is normalised by itself, as batch norm does
+    @property
     def probes(self) -> Tensor: ...  # int32 [P]; P is the most blocks that one step can probe
     @property
     def signals(self) -> Tensor: ...  # float32 [2, R, C]; its .grad receives sum(w·g) and sum(g²) of each block

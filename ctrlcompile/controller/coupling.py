@@ -16,6 +16,11 @@ exactly zero, but not the column's, if the constant that it reads is not 0. That
 learn: the column first, as a bias, then the row through it. So a column that is unfed *and* dead is rated by its
 probes, and a pair comes back through it: while the column rests after its return, the row is read, probed and rated as
 any other. Where the constant is 0 no first-order signal could bring the pair back, and none does.
+
+A row that a batch norm follows does not come back once it is dead, or has active blocks in unfed columns only; nor does
+what it alone feeds. Its channels have no variance, so the norm multiplies their gradient by 1/√ε, some hundreds: a
+probe finds that much too much, and the first step from zero would make a weight so large that the norm leaves next to
+no gradient to change it again.
 """
 
 from __future__ import annotations
@@ -163,7 +168,8 @@ class Lattice:
             return torch.zeros_like(active)
         rows, columns = self._living(active)
         unfed, unread = self.coupling.feeds.cut_off(rows > 0), self.coupling.reads.cut_off(columns > 0)
-        return (unfed & (columns > 0))[self._column_of] | unread[self._row_of]
+        for_good = self.coupling.feeds.cut_off(~self._gone(active))
+        return (unfed & (columns > 0) | for_good)[self._column_of] | unread[self._row_of]
 
     def weigh(self, benefit: Tensor, active: Tensor, cost: Tensor) -> Tensor:
         """Benefit [N] as coupling leaves it: 0 where useless, and per the whole cost that a block's going frees.
@@ -173,9 +179,10 @@ class Lattice:
             active: bool [N].
             cost: float64 [N], of each block if active.
         """
+        rows, columns = self._living(active)
+        benefit = torch.where(self._gone(active)[self._row_of], 0.0, benefit)
         if self.coupling is None or not self.trusted:
             return benefit
-        rows, columns = self._living(active)
         spent = cost * active
         of_row = torch.bincount(self._row_of, weights=spent, minlength=rows.numel())
         of_column = torch.bincount(self._column_of, weights=spent, minlength=columns.numel())
@@ -209,6 +216,14 @@ class Lattice:
 
     def _fingerprint(self) -> int:
         return zlib.crc32(b"".join(tensor.numpy().tobytes() for tensor in self.state())) % 2**14
+
+    def _gone(self, active: Tensor) -> Tensor:
+        """bool, per row: normalised, and without an active block in a column that is fed."""
+        normalised = torch.tensor([gate.normalised for gate in self._gates])
+        rows, _ = self._living(active)
+        if self.coupling is not None and self.trusted:
+            rows, _ = self._living(active & ~self.coupling.feeds.cut_off(rows > 0)[self._column_of])
+        return (rows == 0) & normalised.repeat_interleave(torch.tensor(self._rows))
 
     def _living(self, active: Tensor) -> tuple[Tensor, Tensor]:
         """How many active blocks each row, each column has."""

@@ -21,6 +21,8 @@ def random_members(targets, members):
 
 def random_lattice():
     gates = [FakeGate(f"g{i}", (8 * random.randint(2, 6), 8 * random.randint(2, 6)), (8, 8)) for i in range(3)]
+    for gate in gates:
+        gate.normalised = random.random() < 0.5
     grids = [gate.grid for gate in gates]
     rows, columns = (sum(side) for side in zip(*grids, strict=True))
     feeds, reads = random_members(columns, rows), random_members(rows, columns)
@@ -53,13 +55,18 @@ def test_useless_blocks_and_what_a_block_frees_are_what_the_definitions_say():
         def dead(members, living):
             return bool(members) and not any(member in living for member in members)
 
+        normalised = [gate.normalised for gate in gates for _ in range(gate.grid[0])]
+        varies = {row for row, column in alive if not dead(feeds[column], rows)}
+        gone = [known and row not in varies for row, known in enumerate(normalised)]
+
         weighed = lattice.weigh(benefit, active, cost)
         useless = lattice.useless(active)
         for block, (row, column) in enumerate(at):
             asleep = column not in columns
-            expected = dead(reads[row], columns) or (dead(feeds[column], rows) and not asleep)
+            for_good = bool(feeds[column]) and all(gone[member] for member in feeds[column])
+            expected = dead(reads[row], columns) or (dead(feeds[column], rows) and not asleep) or for_good
             assert bool(useless[block]) is expected
-            if expected:
+            if expected or gone[row]:
                 assert weighed[block] == 0
                 continue
             frees = 0.0
