@@ -230,7 +230,7 @@ def test_the_one_script_runs_from_a_checkout_and_writes_what_it_measured(tmp_pat
     found = {name: json.loads((tmp_path / f"gpu{name}.json").read_text()) for name in names}
     assert [part["name"] for part in found[""]["parts"]] == only
     assert [row["role"] for row in found["_convolutions"]["rows"][::4]] == ["forward", "dgrad", "wgrad"]
-    assert [row["name"] for row in found["_steps"]["rows"]] == ["inductor", "density 0.4", "density 1"]
+    assert [row["name"] for row in found["_steps"]["rows"]] == ["inductor", "eager", "density 0.4", "density 1"]
     rows = found["_kernels"]["rows"]
     assert len(rows) == 12
     assert all(row["error"] < 10 and row["speedup"] > 0 for row in rows)
