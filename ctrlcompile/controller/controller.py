@@ -51,7 +51,8 @@ class Controller:
 
     Raises:
         ValueError: a wrong argument.
-        BudgetError: after the first step, where the model cannot meet the budget.
+        BudgetError: after the first step, where the model cannot meet the budget; after the second, where it cannot
+            because some weights turn out to be stepped by nobody.
     """
 
     @on_cpu

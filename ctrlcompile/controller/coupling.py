@@ -220,6 +220,8 @@ class Lattice:
     def _gone(self, active: Tensor) -> Tensor:
         """bool, per row: normalised, and without an active block in a column that is fed."""
         normalised = torch.tensor([gate.normalised for gate in self._gates])
+        if not normalised.any():
+            return torch.zeros(sum(self._rows), dtype=torch.bool)
         rows, _ = self._living(active)
         if self.coupling is not None and self.trusted:
             rows, _ = self._living(active & ~self.coupling.feeds.cut_off(rows > 0)[self._column_of])
