@@ -89,15 +89,23 @@ def _after_step(optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs:
         _runs[optimizer] = [*_joined(gates), *_started(gates)]
     for run in _runs.get(optimizer, ()):
         run.stepped_by(optimizer)
-    respecialize.at_boundary(gates, lambda gate: _steps_left(gate, optimizer))
+    for gate, outcome in respecialize.at_boundary(gates, lambda gate: _steps_left(gate, optimizer)):
+        controller = _controller(gate, optimizer)
+        if controller is not None and isinstance(controller.log, run_log.RunLog):
+            step = controller.steps + (not controller.driven)  # one in the open is told of a step after the optimizer's
+            controller.log.respecialized(step, gate, outcome)
+
+
+def _controller(gate: Gate, optimizer: torch.optim.Optimizer) -> Controller | None:
+    """That of the run which a gate is part of."""
+    reference = _in_the_open.get(gate)
+    own = None if reference is None else reference()
+    return own or next((run.controller for run in _runs.get(optimizer, ()) if gate in run.owned), None)
 
 
 def _steps_left(gate: Gate, optimizer: torch.optim.Optimizer) -> int | None:
     """Of the run that a gate is part of; None where nobody said how long it is."""
-    reference = _in_the_open.get(gate)
-    own = None if reference is None else reference()
-    driven = (run.controller for run in _runs.get(optimizer, ()) if gate in run.owned)
-    controller = own or next(driven, None)
+    controller = _controller(gate, optimizer)
     return None if controller is None or controller.total_steps is None else controller.total_steps - controller.steps
 
 

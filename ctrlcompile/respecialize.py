@@ -25,6 +25,7 @@ from ctrlcompile import variants
 from ctrlcompile.background import Build, Builder, Recipe
 from ctrlcompile.gate import Gate
 from ctrlcompile.kernels import build
+from ctrlcompile.proposals import Outcome, Proposal
 from ctrlcompile.variant_cost import KEPT_OWN, CostModel, Observation, Size
 from ctrlcompile.variants import BLOCK_SPARSE, DENSE, Call, Types, Variant
 
@@ -43,26 +44,6 @@ BUILD_GUESS_S = 5.0  # before any kernel was compiled in this process
 # try costs little. It only decides what is tried.
 _GUESSED_RATE = {8: 0.6, 16: 0.85, 24: 0.95, 32: 1.0}
 _OTHERS_RATE = 1.1
-
-
-@dataclass(frozen=True)
-class Proposal:
-    """A change that the model predicts to pay.
-
-    Attributes:
-        node: name of the gate, and the role (forward or dgrad).
-        current, proposed: names of the variants.
-        gain: part of a call's time that is predicted to be saved.
-        saved_s: seconds over the steps that remain.
-        cost_s: seconds that building takes, this node's part; 0 where nothing is built.
-    """
-
-    node: str
-    current: str
-    proposed: str
-    gain: float
-    saved_s: float
-    cost_s: float
 
 
 Mode: TypeAlias = Literal["auto", "never"] | Callable[[Proposal], bool]
@@ -88,17 +69,21 @@ def adopt(gate: Gate, mode: Mode) -> None:
         _plans[gate] = _Plan(mode, variants.open_table(gate))
 
 
-def at_boundary(gates: Iterable[Gate], steps_left: Callable[[Gate], int | None]) -> None:
-    """Call it after an optimizer step, with the gates of the weights that it stepped.
+def at_boundary(gates: Iterable[Gate], steps_left: Callable[[Gate], int | None]) -> list[tuple[Gate, Outcome]]:
+    """Call it after an optimizer step, with the gates of the weights that it stepped; tells what has changed.
 
     `steps_left` are those of a gate's run, None where that is not known.
     """
+    told: list[tuple[Gate, Outcome]] = []
     with _lock:
         wishes: list[_Wish] = []
         for gate in gates:
             if (plan := _plans.get(gate)) is not None:
                 wishes += plan.advance(gate, steps_left)
+                told += [(gate, outcome) for outcome in plan.outcomes]
+                plan.outcomes.clear()
         _grant(wishes)
+    return told
 
 
 def in_force(gate: Gate) -> dict[str, str]:
@@ -147,10 +132,11 @@ class _Course:
 
 
 class _Plan:
-    """The courses of a gate's nodes."""
+    """The courses of a gate's nodes, and what has come of them since it was last told."""
 
     def __init__(self, mode: Mode, table: variants.Table) -> None:
         self.mode, self.table = mode, table
+        self.outcomes: list[Outcome] = []
         self.courses = {role: _Course() for role in variants.ROLES}
         self.steps = self.updates = 0
 
@@ -263,8 +249,9 @@ class _At:
             )
             for variant, its_calls in trial.calls.items():
                 self._observe(variant, its_calls)
-            self._report(trial.change, measured=1 - then / now if now else 0.0)
-            if then < (1 - MARGIN) * now:
+            wins = then < (1 - MARGIN) * now
+            self._report(trial.change, measured=1 - then / now if now else 0.0, in_force=wins)
+            if wins:
                 course.settled = tried
         else:  # the layer was not called
             course.declined.add(tried)
@@ -272,7 +259,7 @@ class _At:
 
     def put_in_force(self, change: _Change) -> None:
         """A variant that the node has run before serves it again."""
-        self._report(change, measured=None)
+        self._report(change, measured=None, in_force=True)
         self.course.settled = self.node.variant = change.variant
 
     def _observe(self, variant: Variant, calls: list[Call]) -> None:
@@ -311,6 +298,7 @@ class _At:
         return self.node.types
 
     def _give_up(self, change: _Change, failed: Build) -> None:
+        self._report(change, measured=None, in_force=False, error=str(failed.error))
         if failed.recipe in _failed:
             return
         _failed.add(failed.recipe)
@@ -321,17 +309,14 @@ class _At:
             stacklevel=2,
         )
 
-    def _report(self, change: _Change, measured: float | None) -> None:
-        block, error = self.gate.block, _model.error
-        outcome = "measured before"
-        if measured is not None:
-            outcome = f"measured {measured:.1%}, {'in force' if measured > MARGIN else 'not taken'}"
-        log.info(
-            "%s %s, density %.3f: %s -> %s, predicted %.1f%% faster (%.1f s over the rest, build %.1f s), %s; %s",
-            self.gate.name, self.role, self.gate.density, self.course.settled.name(block), change.variant.name(block),
-            100 * change.gain, change.saved_s, change.cost_s, outcome,
-            "the model not checked yet" if error is None else f"median error of the model {error:.1%}",
+    def _report(self, change: _Change, *, measured: float | None, in_force: bool, error: str = "") -> None:
+        current, proposed = (variant.name(self.gate.block) for variant in (self.course.settled, change.variant))
+        outcome = Outcome(
+            self.role, self.gate.density, current, proposed, change.gain, change.saved_s, change.cost_s, measured,
+            in_force, _model.error, error,
         )  # fmt: skip
+        log.info("%s %s", self.gate.name, outcome)
+        self.plan.outcomes.append(outcome)
 
 
 _Wish: TypeAlias = tuple[_At, _Change]

@@ -1,15 +1,17 @@
 """A run's log: every decision of its controller and every mask, in one file that survives a crash.
 
-`log.jsonl` in the run's folder is only ever appended to, at decisions and when a graph of the run is first seen; a JSON
-object per line, each in one write:
+`log.jsonl` in the run's folder is only ever appended to: at decisions, when a graph of the run is first seen, when a
+variant was tried or changed; a JSON object per line, each in one write:
 
     {"kind": "run", ...}       a process takes the run up: settings, gates, versions, machine, command
     {"kind": "decision", ...}  a record of `Controller.history`, with `masks` and the seconds since this process's first
     {"kind": "graph", ...}     a compiled graph that has gates of the run: its `passes.outline`, and whose gate is where
+    {"kind": "variant", ...}   a `proposals.Outcome`, with `step`, `gate` and the seconds since the first decision
 
 `masks` holds those that differ from the ones before; in the first decision of a process, all. A mask is one bit per
 block, row by row, highest bit of a byte first, in base64. A number that JSON lacks is text, such as "nan". A run that
-is resumed from a checkpoint repeats steps: a decision replaces every earlier one of its step or of a later step.
+is resumed from a checkpoint repeats steps: a decision replaces all that came before of its step or of a later step,
+but for the variants of its own step and process.
 """
 
 import base64
@@ -40,6 +42,7 @@ from ctrlcompile.controller.checkpoint import identity
 from ctrlcompile.controller.contract import Gate
 from ctrlcompile.controller.controller import Controller
 from ctrlcompile.passes.outline import Outline
+from ctrlcompile.proposals import Outcome
 
 FILE = "log.jsonl"
 PACKAGES = ("ctrlcompile", "torch", "triton")
@@ -137,6 +140,13 @@ class RunLog:
             self._seen.append(outline)
             self._append({"kind": "graph", "nodes": [dataclasses.asdict(node) for node in outline], "gates": mine})
 
+    def respecialized(self, step: int, gate: Gate, outcome: Outcome) -> None:
+        """Appends what became of a variant of a gate of this run; before its first decision, nothing."""
+        if gate in self._names and self._began is not None and not self._file.closed:
+            values = {name: _number(value) for name, value in dataclasses.asdict(outcome).items()}
+            seconds = round(time.perf_counter() - self._began, 6)
+            self._append({"kind": "variant", "step": step, "seconds": seconds, "gate": self._names[gate], **values})
+
     def close(self) -> None:
         """Writes no more."""
         graphless.discard(self)
@@ -159,7 +169,7 @@ class RunLog:
     def _warn(self, why: str) -> None:
         if not self._warned:
             self._warned = True
-            warnings.warn(f"the log {self.path} misses decisions: {why}", RuntimeWarning, stacklevel=2)
+            warnings.warn(f"the log {self.path} misses records: {why}", RuntimeWarning, stacklevel=2)
 
     def _check_same_run(self) -> None:
         """Raises ValueError where the file is of another run, or something else."""

@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 import ctrlcompile as cc
 from ctrlcompile import background, respecialize, variants
+from ctrlcompile.inspect.run import read
 from ctrlcompile.kernels import cpu_product
 from ctrlcompile.kernels.build import KernelBuildError
 from ctrlcompile.variant_cost import CostModel
@@ -283,6 +284,38 @@ def test_nothing_is_tried_that_the_remaining_steps_do_not_pay_back(monkeypatch):
         assert (respecialize._plans[gate].courses["forward"].own.keys() > {BLOCK_SPARSE}) is tries
 
 
+@pytest.mark.parametrize("one_line", [True, False])
+def test_each_change_is_in_the_runs_log_as_it_is_in_the_logger(one_line, monkeypatch, eager, caplog, tmp_path):
+    model = MLP(48, 72, 40)
+    optimizer = torch.optim.SGD(model.parameters(), 1e-3)
+    asked = {"budget": 0.5, "total_steps": 60, "log": str(tmp_path)}
+    controller = None if one_line else cc.Controller(model, optimizer=optimizer, block=8, **asked)
+    run = torch.compile(model, backend="ctrlprune", options={"block": 8, **(asked if one_line else {})})
+    monkeypatch.setattr(respecialize, "MOST_BUILDS", 0)
+    monkeypatch.setattr(respecialize._At, "_predict", lambda self, variant: random.random())
+    said = []
+    with caplog.at_level(logging.INFO, logger=respecialize.log.name):
+        for number in range(60):
+            x = torch.randn(16, 48)
+            optimizer.zero_grad()
+            run(x).square().mean().backward()
+            optimizer.step()
+            controller = controller or cc.controller_of(optimizer)
+            said += [(number + 1, text) for text in caplog.messages]
+            caplog.clear()
+            if not one_line:
+                controller.step()
+    logged = read(tmp_path).respecialised
+    assert [(became.step, f"{became.gate} {became.outcome}") for became in logged] == said
+    assert len(said) > 5
+    served = {(became.gate, became.outcome.role): became.outcome for became in logged}
+    for name, gate in cc.gates(model).items():
+        for role in variants.ROLES:
+            if (last := served.get((name, role))) is not None and respecialize._plans[gate].courses[role].trial is None:
+                now = last.proposed if last.in_force else last.current
+                assert respecialize.in_force(gate)[role] == now
+
+
 def test_never_leaves_calls_alone(monkeypatch):
     linear = nn.Linear(96, 96)
     gate = cc.gates(linear, 8)["weight"]
@@ -339,8 +372,14 @@ def test_a_build_that_goes_wrong_leaves_what_is_in_force_with_one_warning(what, 
     steps(25)
     assert respecialize._builder.started == 1
     wait_for_builds()
+    told = []
+    boundary = respecialize.at_boundary
+    monkeypatch.setattr(respecialize, "at_boundary", lambda *args: told.extend(boundary(*args)))
     with pytest.warns(RuntimeWarning, match="goes on without the coarse 48x48 kernels"):
         steps(1)
+    assert {(outcome.role, outcome.in_force) for _, outcome in told} == {("forward", False), ("dgrad", False)}
+    assert all("coarse 48x48" in str(outcome) and f"not built: {outcome.error}" in str(outcome) for _, outcome in told)
+    assert all(outcome.error for _, outcome in told)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         steps(100)

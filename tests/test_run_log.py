@@ -16,6 +16,7 @@ import torch
 from ctrlcompile import run_log
 from ctrlcompile.controller import Controller
 from ctrlcompile.inspect.run import read
+from ctrlcompile.proposals import Outcome
 
 from .controller.plant import Plant
 
@@ -71,6 +72,73 @@ def test_every_record_and_every_mask_is_read_back(tmp_path, seed):
     assert process["settings"] == {"budget": 0.4, "total_steps": STEPS, "interval": logged.controller.interval}
     assert process["versions"]["torch"] == torch.__version__
     assert process["command"] == shlex.join(sys.orig_argv)
+
+
+def some_outcome() -> Outcome:
+    density, gain, saved, cost, measured, error = (random.random() for _ in range(6))
+    return Outcome(
+        random.choice(["forward", "dgrad"]), density, "block-sparse", random.choice(["dense", "coarse 16x16"]), gain,
+        saved, cost, random.choice([measured, None, math.nan]), random.random() < 0.5, random.choice([None, error]),
+        random.choice(["", "no c++"]),
+    )  # fmt: skip
+
+
+def respecialise(logged: Logged, steps: int, started: int = 0) -> list[tuple[int, str, str]]:
+    """Trains on, with an outcome at some of the steps: those, as text."""
+    told = []
+    for step in range(started + 1, started + steps + 1):
+        before_the_decision = random.random() < 0.5
+        outcome, (name, gate) = some_outcome(), random.choice(list(logged.plant.gates.items()))
+        for now in (True, False):
+            if now is before_the_decision and (step % 3 == 0 or step % logged.controller.interval == 0):
+                logged.controller.log.respecialized(step, gate, outcome)
+                told.append((step, name, str(outcome)))
+            if now:
+                logged.train(1)
+    return told
+
+
+def told_by(run) -> list[tuple[int, str, str]]:
+    return [(became.step, became.gate, str(became.outcome)) for became in run.respecialised]
+
+
+def test_what_became_of_variants_is_read_back_and_what_a_resumed_run_repeats_counts_once(tmp_path, seed):
+    first = Logged(tmp_path, seed)
+    first.train(2)
+    told = respecialise(first, 58, 2)
+    assert told_by(read(tmp_path)) == told
+    state, generator = first.controller.state_dict(), first.plant.generator.get_state()
+    respecialise(first, 45, 60)
+    first.controller.close()
+    resumed = Logged(tmp_path, seed)
+    resumed.controller.load_state_dict(state)
+    resumed.plant.generator.set_state(generator)
+    resumed.plant.step = 60
+    while resumed.controller.log._began is None:  # what comes before its first decision is not told
+        resumed.train(1)
+    since = resumed.controller.steps
+    told = [became for became in told if became[0] < since] + respecialise(resumed, STEPS - since, since)
+    run = read(tmp_path)
+    assert told_by(run) == told
+    assert all(0 <= became.seconds <= run.decisions[-1].seconds for became in run.respecialised if became.step < STEPS)
+    assert run.unread == 0
+
+
+def test_a_log_without_variants_or_with_a_torn_or_damaged_one_still_reads(tmp_path, seed):
+    logged = Logged(tmp_path, seed).train(20)
+    assert read(tmp_path).respecialised == ()
+    logged.controller.log.respecialized(20, next(iter(logged.plant.gates.values())), some_outcome())
+    path = tmp_path / run_log.FILE
+    line = path.read_text().splitlines()[-1]
+    whole = path.read_bytes()
+    path.write_bytes(whole[: -random.randrange(2, len(line))])
+    run = read(tmp_path)
+    assert (run.respecialised, run.unread) == ((), 1)
+    for damage in ({"role": None, "density": "dense"}, {"gain": None}, {"measured": []}, {"step": {}}):
+        path.write_bytes(whole + (json.dumps(json.loads(line) | damage) + "\n").encode())
+        run = read(tmp_path)
+        assert (len(run.respecialised), run.unread) == (1, 1)
+        assert_tells(run, logged.controller.history, logged.masks)
 
 
 def test_only_masks_that_changed_are_written(tmp_path, seed):
@@ -227,7 +295,7 @@ def test_a_full_disk_costs_decisions_and_one_warning_but_no_training(tmp_path, s
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size + 30, limits[1]))
     try:
-        with pytest.warns(RuntimeWarning, match=r"log\.jsonl misses decisions: .*training goes on") as caught:
+        with pytest.warns(RuntimeWarning, match=r"log\.jsonl misses records: .*training goes on") as caught:
             logged.train(95)  # till little changes any more
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)

@@ -6,9 +6,11 @@ canvases: a plot per layer and step would be slow and many times as large.
 """
 
 import base64
+import html
 import importlib.resources
 import time
 import zlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,11 +18,11 @@ import torch
 
 from ctrlcompile.inspect import drawing
 from ctrlcompile.inspect.profile import Profile
-from ctrlcompile.inspect.run import Run
+from ctrlcompile.inspect.run import Respecialised, Run
 from ctrlcompile.pictures import patches
 
 if TYPE_CHECKING:
-    from plotly.graph_objects import Figure
+    from plotly.graph_objects import Figure, Scatter
 
 PROFILE = "profile.json"  # in the run's folder: what `ctrlcompile profile --json` printed
 FRAMES = 200  # decisions at which masks are shown, at most
@@ -72,6 +74,9 @@ def _curves(run: Run) -> "Figure":
         for name, colour in zip(names, COLOURS, strict=False):
             line = graph_objects.Scatter(x=run.steps, y=found[name], name=name, mode="lines", line_color=colour)
             figure.add_trace(line, row=1 + number // 3, col=1 + number % 3)
+        if "seconds" in names and run.respecialised:
+            seconds = [became.seconds for became in run.respecialised]
+            figure.add_trace(_markers(run.respecialised, seconds), row=1 + number // 3, col=1 + number % 3)
     figure.update_xaxes(title_text="step", row=2)
     return figure.update_layout(template="plotly_white", height=560, showlegend=False, margin=MARGIN)
 
@@ -85,9 +90,29 @@ def _densities(run: Run) -> "Figure":
         hovertemplate="%{y}<br>step %{x}: density %{z:.3f}<extra></extra>",
     )  # fmt: skip
     figure = graph_objects.Figure(picture)
+    known = [became for became in run.respecialised if became.gate in found]
+    if known:
+        figure.add_trace(_markers(known, [became.gate for became in known]))
     figure.update_yaxes(autorange="reversed", automargin=True)
     figure.update_xaxes(title_text="step")
     return figure.update_layout(template="plotly_white", height=90 + 18 * max(4, len(found)), margin=MARGIN)
+
+
+def _markers(respecialised: Sequence[Respecialised], places: Sequence[Any]) -> "Scatter":
+    """A triangle where a variant took over, a cross where one was not taken; under the pointer, the whole tale."""
+    from plotly import graph_objects
+
+    return graph_objects.Scatter(
+        x=[became.step for became in respecialised], y=places, mode="markers", name="kernels chosen anew",
+        marker={"color": COLOURS[1], "size": 8,
+                "symbol": ["triangle-up" if became.outcome.in_force else "x-thin-open" for became in respecialised]},
+        text=[_tale(became) for became in respecialised], hovertemplate="step %{x}: %{text}<extra></extra>",
+    )  # fmt: skip
+
+
+def _tale(became: Respecialised) -> str:
+    """As HTML, in which plotly takes some tags of a layer's name for its own."""
+    return "<br>".join(html.escape(f"{became.gate} {became.outcome}").split("; "))
 
 
 def _html(figure: "Figure", name: str, *, script: bool) -> str:

@@ -1,4 +1,4 @@
-"""A run as its log tells it: what was decided when, and every layer's mask at each decision."""
+"""A run as its log tells it: what was decided when, every layer's mask at each decision, which variants changed."""
 
 import itertools
 from collections.abc import Sequence
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ctrlcompile.passes.outline import Node, Outline
+from ctrlcompile.proposals import Outcome
 from ctrlcompile.run_log import FILE, parsed, unpack
 
 Record = dict[str, Any]
@@ -41,6 +42,16 @@ class GatedGraph:
 
 
 @dataclass(frozen=True)
+class Respecialised:
+    """A variant of a gated product that was tried or changed, at a step, with its `seconds` as in `Decision`."""
+
+    step: int
+    seconds: float
+    gate: str
+    outcome: Outcome
+
+
+@dataclass(frozen=True)
 class Run:
     """What a run's log holds.
 
@@ -50,6 +61,7 @@ class Run:
             `machine`, `settings`, and the `gates` by name with `shape`, `block` and `grid`.
         decisions: in the order of their steps.
         graphs: those compiled with gates of the run, as its last process had them.
+        respecialised: in the order of their steps.
         unread: number of lines that hold nothing of a log, a torn last one for instance.
     """
 
@@ -57,6 +69,7 @@ class Run:
     processes: tuple[Record, ...]
     decisions: tuple[Decision, ...]
     graphs: tuple[GatedGraph, ...]
+    respecialised: tuple[Respecialised, ...]
     unread: int
 
     @property
@@ -137,6 +150,7 @@ def read(folder: Path) -> Run:
     processes: list[Record] = []
     decisions: list[Decision] = []
     graphs: list[GatedGraph] = []
+    variants: list[tuple[int, Respecialised]] = []  # each with the number of its process
     graphs_of = understood = 0  # the process that had them; lines
     earlier = 0.0
     for record in parsed(lines):
@@ -147,6 +161,8 @@ def read(folder: Path) -> Run:
                 made = _decision(record, processes[-1]["gates"] if processes else {})
                 while decisions and decisions[-1].step >= made.step:  # done again after a resume
                     decisions.pop()
+                while variants and variants[-1][1].step >= made.step + (variants[-1][0] == len(processes)):
+                    variants.pop()
                 if made.seconds == 0:  # the first of a process
                     earlier = decisions[-1].seconds if decisions else 0.0
                 decisions.append(replace(made, seconds=earlier + made.seconds))
@@ -155,6 +171,9 @@ def read(folder: Path) -> Run:
                 if graphs_of != len(processes):
                     graphs_of, graphs = len(processes), []
                 graphs.append(graph)
+            elif record["kind"] == "variant":
+                became = _respecialised(record)
+                variants.append((len(processes), replace(became, seconds=earlier + became.seconds)))
             else:
                 continue
         except (AttributeError, KeyError, TypeError, ValueError):
@@ -162,7 +181,10 @@ def read(folder: Path) -> Run:
         understood += 1
     if not decisions:
         raise ValueError(f"{path} holds no decision of a run{', only lines that are no log' if lines else ' yet'}")
-    return Run(folder, tuple(processes), tuple(decisions), tuple(graphs), len(lines) - understood)
+    respecialised = tuple(became for _, became in variants)
+    return Run(
+        folder, tuple(processes), tuple(decisions), tuple(graphs), respecialised, len(lines) - understood
+    )  # fmt: skip
 
 
 def _process(record: Record) -> Record:
@@ -182,6 +204,16 @@ def _decision(record: Record, gates: Record) -> Decision:
     }
     masks = {name: unpack(packed, gates[name]["grid"]) for name, packed in record["masks"].items() if name in gates}
     return Decision(int(record["step"]), float(record["seconds"]), values, masks)
+
+
+def _respecialised(record: Record) -> Respecialised:
+    role, current, proposed, error = (str(record[name]) for name in ("role", "current", "proposed", "error"))
+    density, gain, saved, cost = (float(record[name]) for name in ("density", "gain", "saved_s", "cost_s"))
+    measured, known = (None if (v := record[name]) is None else float(v) for name in ("measured", "model_error"))
+    outcome = Outcome(
+        role, density, current, proposed, gain, saved, cost, measured, bool(record["in_force"]), known, error
+    )  # fmt: skip
+    return Respecialised(int(record["step"]), float(record["seconds"]), str(record["gate"]), outcome)
 
 
 def _graph(record: Record) -> GatedGraph:

@@ -1,4 +1,4 @@
-"""A run for TensorBoard: the curves of the report and each layer's density as scalars, the masks as images."""
+"""A run for TensorBoard: the report's curves and each layer's density as scalars, masks as images, variants as text."""
 
 from pathlib import Path
 
@@ -27,3 +27,6 @@ def write(run: Run, folder: Path) -> None:
             for place, mask in zip(places, run.masks(name, places), strict=True):
                 made, dark = run.decisions[place], 1 - patches(mask, CELLS, CELLS)
                 writer.add_image(f"mask_of/{name}", dark[None], made.step, began + made.seconds)
+        for became in run.respecialised:
+            text, seconds = str(became.outcome), began + became.seconds
+            writer.add_text(f"variant_of/{became.gate} {became.outcome.role}", text, became.step, seconds)

@@ -14,6 +14,7 @@ from ctrlcompile.inspect import report
 from ctrlcompile.inspect.profile import Machine, Profile, Row, Step
 from ctrlcompile.inspect.run import read
 from ctrlcompile.passes.outline import Node
+from ctrlcompile.proposals import Outcome
 
 from ..controller.plant import Plant
 from .browser import PROGRAM, Browser
@@ -27,6 +28,12 @@ OUTLINE = (
     Node("first", "ctrlprune::linear", NASTY, "8 x 72", ("x",)),
     Node("output", "output", "", "", ("first",)),
 )
+
+
+RESPECIALISED = {
+    50: Outcome("dgrad", 0.4, "block-sparse", "dense", 0.123, 3.21, 0.0, None, False, None, f"no {NASTY}"),
+    70: Outcome("forward", 0.31, "block-sparse", "coarse 16x16", 0.25, 12.34, 1.5, 0.0777, True, 0.04),
+}
 
 
 def profile_of(name: str) -> Profile:
@@ -48,6 +55,8 @@ def folder(tmp_path, seed):
         plant.train_step()
         controller.step(random.random() if step < STEPS - 1 else math.nan)
         controller.log.see(OUTLINE, {"first": first})
+        if step in RESPECIALISED:
+            controller.log.respecialized(step, first, RESPECIALISED[step])
     (folder / report.PROFILE).write_text(profile_of(NASTY).to_json())
     return folder
 
@@ -76,14 +85,16 @@ def test_the_page_opens_in_a_browser_without_errors_or_a_network_and_its_slider_
     browser.open(page.as_uri())
     browser.wait("document.getElementById('step').value !== ''")
 
-    lines = run.curves()
+    lines = run.curves() | {"kernels chosen anew": [became.seconds for became in run.respecialised]}
     drawn = browser.value(
         "[...document.querySelector('.js-plotly-plot').data].map((t) => [t.name, [...t.x], [...t.y]])"
     )
     assert math.isnan(lines["loss"].pop())
     lines["loss"].append(None)
     assert {name: y for name, _, y in drawn} == lines
-    assert all(x == run.steps for _, x, _ in drawn)
+    assert all(x == ([*RESPECIALISED] if name == "kernels chosen anew" else run.steps) for name, x, _ in drawn)
+    marked = browser.value("[...document.querySelectorAll('.js-plotly-plot')[1].data[1].y]")
+    assert marked == [NASTY, NASTY]
     assert browser.value("document.querySelectorAll('.js-plotly-plot .main-svg').length") > 2
     text = browser.value("document.body.innerText")
     for part in (
@@ -140,6 +151,20 @@ def test_a_torn_log_still_gives_the_page_of_what_is_there_and_the_page_says_so(f
     assert "1 line of the log could not be read" in made
     assert f"Step {STEPS} of" not in made
     assert "Masks" in made
+
+
+def test_kernels_chosen_anew_are_listed_and_marked_and_without_any_there_is_no_such_list(folder):
+    run = read(folder)
+    made = report.page(run)
+    row = made[made.index("<td>70</td>") :].split("</tr>")[0]
+    for part in ("forward", "0.310", "block-sparse", "coarse 16x16", "25.0 %", "7.8 %", "12.3 s", "1.5 s", "in force"):
+        assert part in row
+    assert "<td>50</td>" in made
+    assert "not built: no &lt;/script&gt;" in made
+    assert made.count('"kernels chosen anew"') == 2, "among the curves and over the densities"
+    assert "<script>throw" not in made
+    without = report.page(replace(run, respecialised=()))
+    assert "hosen anew" not in without
 
 
 def test_a_profile_that_is_none_is_refused_with_its_path(folder):
