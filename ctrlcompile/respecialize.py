@@ -144,16 +144,19 @@ class _Plan:
         """Takes a step in, carries on what is under way, and returns what would pay to build and try."""
         self.steps += 1
         changed, self.updates = gate.updates != self.updates, gate.updates
+        due = changed or self.steps % CHECK_EVERY == 0
         wishes: list[_Wish] = []
         for role, course in self.courses.items():
-            node = _At(gate, role, self)
             if changed:
                 course.declined.clear()
             waited = course.waiting
             built = waited is not None and waited.build is not None and waited.build.done.is_set()
+            if course.trial is None and not (due or built):
+                continue
+            node = _At(gate, role, self)
             if course.trial is not None:
                 node.carry_on(course.trial)
-            elif (changed or built or self.steps % CHECK_EVERY == 0) and node.take_in():
+            elif node.take_in():
                 left = HORIZON if (known_left := steps_left(gate)) is None else known_left
                 better = node.better(left)
                 known = next((change for change in better if change.variant in course.own), None)

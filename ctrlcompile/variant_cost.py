@@ -9,6 +9,7 @@ its own latest times, moved along that line.
 """
 
 import itertools
+import operator
 import statistics
 from collections import deque
 from collections.abc import Hashable, Sequence
@@ -16,7 +17,6 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import sympy
-import torch
 
 ROWS, INPUTS, OUTPUTS, SHARE, ENTRY_BYTES = SIZES = sympy.symbols(
     "rows inputs outputs share entry_bytes", positive=True
@@ -27,6 +27,7 @@ _amounts = sympy.lambdify(SIZES, (FLOPS, BYTES), modules="math")
 
 KEPT = 64  # observations of each kind, and relative errors
 KEPT_OWN = 3  # of one product: its present speed
+SINGULAR = 1e-9  # part of a term's square that others do not explain, below which they are not told apart
 WIDE = 2  # a constant and a rate are told apart only where the largest call has so many times the smallest's FLOPs
 
 
@@ -100,23 +101,37 @@ def seconds(coefficients: tuple[float, float, float], size: Size) -> float:
 
 def fit(observations: Sequence[Observation]) -> tuple[float, float, float]:
     """Constant, seconds per FLOP and per byte, none negative, of least squared relative error."""
-    terms = torch.tensor([(1.0, *_amounts(*size)) for size, _ in observations], dtype=torch.float64, device="cpu")
-    terms /= torch.tensor([taken for _, taken in observations], dtype=torch.float64, device="cpu")[:, None]
-    scales = terms.amax(0)
-    terms /= scales
-    wanted = torch.ones(len(observations), 1, dtype=torch.float64, device="cpu")
+    # Plain numbers: a fit is made at each decision for each node, and tensors this small cost ten times as much.
+    flops, moved = zip(*(_amounts(*size) for size, _ in observations), strict=True)
+    ones = [1 / taken for _, taken in observations]
+    terms = [ones, list(map(operator.mul, flops, ones)), list(map(operator.mul, moved, ones))]
+    products = [[sum(map(operator.mul, one, other)) for other in terms] for one in terms]
+    sums = [sum(term) for term in terms]
     best, least = (0.0, 0.0, 0.0), float("inf")
     # Three terms: each set of those that are not zero is tried. That is what non-negative least squares comes to.
-    flops = [_amounts(*size)[0] for size, _ in observations]
     most = min(3, len(observations)) if max(flops) > WIDE * min(flops) else 1
     for count in range(1, most + 1):
         for chosen in itertools.combinations(range(3), count):
             if 1 not in chosen:
                 continue  # FLOPs always count: a fit to one density must not say that others cost the same
-            part = terms[:, list(chosen)]
-            found = torch.linalg.lstsq(part, wanted, driver="gelsd").solution
-            error = float((part @ found - wanted).square().sum())
-            if bool((found >= 0).all()) and error < least:
-                given = dict(zip(chosen, (found[:, 0] / scales[list(chosen)]).tolist(), strict=True))
+            found = _solved([[products[i][j] for j in chosen] for i in chosen], [sums[i] for i in chosen])
+            if found is None or min(found) < 0:
+                continue
+            error = len(ones) - sum(sums[i] * factor for i, factor in zip(chosen, found, strict=True))
+            if error < least:
+                given = dict(zip(chosen, found, strict=True))
                 best, least = (given.get(0, 0.0), given.get(1, 0.0), given.get(2, 0.0)), error
     return best
+
+
+def _solved(matrix: list[list[float]], values: list[float]) -> list[float] | None:
+    """x where matrix @ x = values, of a symmetric matrix without negative eigenvalues; None where it is singular."""
+    rows = [[*row, value] for row, value in zip(matrix, values, strict=True)]
+    for i, row in enumerate(rows):
+        if row[i] <= SINGULAR * matrix[i][i]:
+            return None
+        for other in rows:
+            if other is not row:
+                factor = other[i] / row[i]
+                other[:] = [a - factor * b for a, b in zip(other, row, strict=True)]
+    return [row[-1] / row[i] for i, row in enumerate(rows)]

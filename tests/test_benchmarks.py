@@ -16,7 +16,7 @@ import pytest
 import torch
 
 FOLDER = Path(__file__).parents[1] / "benchmarks"
-NAMES = ("kernels", "convolutions", "steps", "respecialize", "gpu")
+NAMES = ("kernels", "convolutions", "steps", "respecialize", "overhead", "gpu")
 
 
 @pytest.fixture(scope="module")

@@ -7,6 +7,7 @@ import shutil
 import stat
 import subprocess
 import sys
+import time
 import warnings
 from pathlib import Path
 
@@ -145,3 +146,31 @@ def test_source_that_is_wrong_leaves_nothing_behind(folder):
     with pytest.raises(build.KernelBuildError, match="could not compile"):
         build.load("probe", "this is no C++", ())
     assert not list(folder.iterdir())
+
+
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="a process group without a session needs Python 3.11")
+def test_a_compiler_beside_training_yields_to_it_within_its_session_and_can_be_ended_as_a_group(folder, tmp_path):
+    compiler, seen = tmp_path / "c++", tmp_path / "seen"
+    ask = "import os; print(os.getsid(0), os.getpgrp(), os.nice(0), os.sched_getscheduler(0))"
+    compiler.write_text(f"#!/bin/sh\n[ $1 = --version ] || {sys.executable} -Sc '{ask}' > {seen}\nexec c++ \"$@\"\n")
+    compiler.chmod(0o755)
+    with pytest.MonkeyPatch.context() as patch, build.beside_training(60):
+        patch.setenv("CXX", str(compiler))
+        build.load("probe", SOURCE, ())
+    session, group, niceness, scheduler = map(int, seen.read_text().split())
+    assert session == os.getsid(0)
+    assert group != os.getpgrp()
+    assert niceness == min(19, os.nice(0) + 10)
+    assert scheduler == os.SCHED_OTHER
+
+
+def test_a_compilation_counts_with_what_it_used_of_the_processor(folder, tmp_path, monkeypatch):
+    compiler = tmp_path / "c++"
+    compiler.write_text('#!/bin/sh\n[ $1 = --version ] || sleep 0.3\nexec c++ "$@"\n')
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CXX", str(compiler))
+    monkeypatch.setattr(build, "compile_seconds", [])
+    started = time.perf_counter()
+    build.load("probe", SOURCE, ())
+    (used,) = build.compile_seconds
+    assert 0 < used <= time.perf_counter() - started - 0.3
