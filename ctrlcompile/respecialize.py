@@ -180,11 +180,12 @@ class _At:
         self.course, self.node = plan.courses[role], plan.table.nodes[role]
 
     def take_in(self) -> bool:
-        """Hands the latest calls to the cost model; whether anything is known of the variant in force."""
-        settled, types = self.course.settled, self.node.types
-        calls = [call for call in tuple(self.node.calls) if (call.variant, call.types) == (settled, types)]
-        if len(calls) >= FEWEST_CALLS:
+        """Hands the calls recorded to the cost model; whether anything is known of the variant in force."""
+        settled, types, recorded = self.course.settled, self.node.types, tuple(self.node.calls)
+        calls = [call for call in recorded if (call.variant, call.types) == (settled, types)]
+        if len(calls) >= FEWEST_CALLS or len(recorded) >= variants.KEPT_CALLS:
             self.node.calls.clear()
+        if len(calls) >= FEWEST_CALLS:
             self._observe(settled, calls)
         return settled in self.course.own and _model.knows(self._kind(settled))
 

@@ -27,7 +27,7 @@ from ctrlcompile.kernels import index_lists
 from ctrlcompile.kernels.index_lists import BlockLists
 
 ROLES = ("forward", "dgrad")  # those that have variants
-KEPT_CALLS = 64  # of a role, until they are taken
+KEPT_CALLS = 16  # of a role, until they are taken: those after are not timed
 _LISTS = {"forward": 3, "dgrad": 2}  # position of the index lists among a kernel's arguments; the block comes after
 
 
@@ -85,14 +85,14 @@ class Call(NamedTuple):
 
 @dataclass
 class Node:
-    """A role of a gate: the variant in force, its latest calls, and what the last one was.
+    """A role of a gate: the variant in force, its first calls since they were taken, and what the last of these was.
 
     `ready` holds the coarse variants whose kernels are built, with the types that they were built for.
     """
 
     variant: Variant = BLOCK_SPARSE
     ready: set[tuple[Variant, Types]] = field(default_factory=set)
-    calls: deque[Call] = field(default_factory=lambda: deque(maxlen=KEPT_CALLS))
+    calls: deque[Call] = field(default_factory=deque)
     count: int = 0
     types: Types | None = None
     groups: int = 1
@@ -142,13 +142,15 @@ def open_table(gate: Gate) -> Table:
 
 
 def compute(role: str, arguments: tuple[Any, ...], gate: Gate, table: Table, sparse: Any, dense: Any) -> Any:
-    """A call of a role by the variant in force, timed; `sparse` and `dense` are modules of kernels."""
+    """A call of a role by the variant in force, timed while calls are wanted; `sparse`, `dense` are kernel modules."""
     node = table.nodes[role]
     variant, at = node.variant, _LISTS[role]
     moving, weight = arguments[0], arguments[1]
-    types = Types(moving.dtype, weight.dtype, arguments[at + 2] if role == "forward" else "none")
-    if variant.kind == "coarse" and (variant, types) not in node.ready:
-        variant = BLOCK_SPARSE  # called with other types than before: building now would stall the step
+    recorded = _recording.on and len(node.calls) < KEPT_CALLS
+    if recorded or variant.kind == "coarse":
+        types = Types(moving.dtype, weight.dtype, arguments[at + 2] if role == "forward" else "none")
+        if variant.kind == "coarse" and (variant, types) not in node.ready:
+            variant = BLOCK_SPARSE  # called with other types than before: building now would stall the step
     started = time.perf_counter()
     if variant == DENSE:
         result = getattr(dense, role)(moving, weight.to(moving.dtype), *arguments[2:])
@@ -157,14 +159,14 @@ def compute(role: str, arguments: tuple[Any, ...], gate: Gate, table: Table, spa
     else:
         lists, block = table.lists(variant, gate), variant.block(gate.block)
         result = getattr(sparse, role)(*arguments[:at], lists, block, *arguments[at + 2 :])
-    seconds = time.perf_counter() - started
-    if _recording.on:
+    node.count += _recording.on
+    if recorded:
+        seconds = time.perf_counter() - started
         outputs, inputs = index_lists.matrix_shape(weight.shape)
         rows = (result[0] if role == "forward" else moving).numel() // outputs
         window = arguments[at + 3 - (role == "dgrad")] if weight.dim() > 2 else None
         node.types, node.groups, node.family = types, 1 if window is None else window.groups, sparse.__name__
         node.calls.append(Call(variant, types, rows, inputs, outputs, table.share(variant, gate), seconds))
-        node.count += 1
     return result
 
 

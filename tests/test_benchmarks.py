@@ -2,6 +2,7 @@
 
 import argparse
 import importlib.util
+import itertools
 import json
 import math
 import os
@@ -16,7 +17,7 @@ import pytest
 import torch
 
 FOLDER = Path(__file__).parents[1] / "benchmarks"
-NAMES = ("kernels", "convolutions", "steps", "respecialize", "overhead", "gpu")
+NAMES = ("kernels", "convolutions", "steps", "respecialize", "overhead", "cost_model", "agreement", "gpu")
 
 
 @pytest.fixture(scope="module")
@@ -282,3 +283,48 @@ def test_a_resnet_takes_steps_like_a_gpt(scripts, monkeypatch):
     contestant.step(*work.batch())
     assert len(contestant.seconds) == 1
     assert 0.4 < contestant.density < 0.6
+
+
+@pytest.mark.parametrize("slower", [1, 2])
+def test_predictions_are_made_before_their_measurement_and_from_other_shapes_alone(scripts, slower):
+    script = scripts["cost_model"]
+    rate, sizes, rows = random.uniform(1e-12, 1e-10), [(64, 32, 96), (128, 64, 64)], []
+    for (m, k, n), density, role in itertools.product(sizes, (1.0, 0.5, 0.25), ("forward", "dgrad")):
+        seconds = (slower if (m, k, n) == sizes[1] else 1) * rate * 2 * m * k * n * density
+        row = {"M": m, "K": k, "N": n, "role": role, "variant": "block-sparse", "density": density, "share": density}
+        rows.append(row | {"seconds": seconds})
+    found = script.predict(random.sample(rows, len(rows)))
+    assert len(found) == len(rows)
+    for row in found:
+        factor = 1 / slower if row["M"] == sizes[1][0] else slower
+        assert row["another_shape"] == pytest.approx(factor * row["seconds"])
+        assert (row["same_product"] is None) == (row["density"] == 1.0)
+    assert script.error([row for row in found if row["density"] == 1.0], "same_product") is None
+    if slower == 1:
+        assert script.error(found, "same_product") == pytest.approx(0, abs=1e-6)
+    else:
+        assert 0.5 <= script.error(found, "another_shape") <= 1
+
+
+def test_every_variant_is_measured_at_every_density_and_computes_the_masked_product(scripts):
+    script = scripts["cost_model"]
+    rows = script.measure((16, 64, 64), (16, 16), 1)
+    assert {(row["role"], row["density"]) for row in rows} == {
+        (role, density) for role in ("forward", "dgrad") for density in (1.0, 0.5, 0.25, 0.1)
+    }
+    assert {row["variant"] for row in rows} >= {"block-sparse", "dense", "coarse 32x32"}
+    for row in rows:
+        assert row["density"] - 0.05 <= row["share"] <= 1
+        assert row["seconds"] > 0
+
+
+def test_what_explain_counts_is_what_pytorch_counts(scripts, monkeypatch):
+    script = scripts["agreement"]
+    for name, size in (("ROWS", 16), ("WIDTH", 128), ("HIDDEN", 256)):
+        monkeypatch.setattr(script, name, size)
+    subject = script.Subject(0.5)
+    assert script.flops_apart(subject) == pytest.approx((0, 0), abs=1e-9)
+    seen = script.in_steps(subject)
+    assert set(seen) == {(name, role) for name in subject.gates for role in ("forward", "dgrad", "wgrad")}
+    assert all(len(taken) == 1 for taken in seen.values())
+    assert set(subject.products()) == {(key, way) for key in seen for way in ("gated", "dense")}

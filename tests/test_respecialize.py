@@ -216,7 +216,8 @@ def simulated(monkeypatch, seconds, mode="auto", left=10_000, block=8):
                 node.types, node.family = Types(torch.float32, torch.float32, "none"), "cpu_linear"
                 share = table.share(node.variant, gate)
                 taken = seconds(node.variant, share) * random.uniform(0.99, 1.01)
-                node.calls.append(Call(node.variant, node.types, 64, 96, 96, share, taken))
+                if len(node.calls) < variants.KEPT_CALLS:
+                    node.calls.append(Call(node.variant, node.types, 64, 96, 96, share, taken))
                 node.count += 1
             respecialize.at_boundary([gate], lambda _: left)
 
@@ -263,6 +264,16 @@ def test_a_coarse_variant_is_built_in_the_background_tried_and_put_in_force(monk
         steps(50)
         wait_for_builds()
     assert names(gate) == {"coarse 32x32"}
+
+
+def test_calls_of_other_types_do_not_keep_a_nodes_own_from_being_timed(monkeypatch):
+    monkeypatch.setattr(respecialize, "MOST_BUILDS", 0)
+    gate, steps = simulated(monkeypatch, faster_dense)
+    other = Types(torch.float64, torch.float32, "none")
+    for node in variants.table_of(gate).nodes.values():
+        node.calls.extend([Call(BLOCK_SPARSE, other, 64, 96, 96, 1.0, 1.0)] * variants.KEPT_CALLS)
+    steps(100)
+    assert names(gate) == {"dense"}
 
 
 def test_what_is_slower_when_tried_does_not_stay_and_is_not_tried_again(monkeypatch):

@@ -168,6 +168,19 @@ def test_calls_are_timed_but_not_while_somebody_looks():
     assert call.seconds > 0
 
 
+def test_all_calls_are_counted_and_no_more_timed_than_are_wanted():
+    linear = torch.nn.Linear(64, 96)
+    gate = cc.gates(linear, 8)["weight"]
+    node, x = variants.open_table(gate).nodes["forward"], torch.randn(5, 64)
+    for calls in (variants.KEPT_CALLS + 3, 2):
+        before, node.calls = node.count, type(node.calls)()
+        for _ in range(calls):
+            y, _ = kernel_choice.forward(x, linear.weight.detach(), None, gate.lists, gate.block, "none")
+            torch.testing.assert_close(y, x @ linear.weight.detach().t())
+        assert node.count == before + calls
+        assert len(node.calls) == min(calls, variants.KEPT_CALLS)
+
+
 def test_a_coarse_variant_serves_only_types_that_it_is_built_for():
     linear = torch.nn.Linear(64, 96)
     gate = cc.gates(linear, 8)["weight"]
