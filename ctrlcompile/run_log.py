@@ -1,4 +1,4 @@
-"""A run's log: every decision of its controller and every mask, in one file that survives a crash.
+"""A run's log: each decision of its controller, each mask and change of a variant, in one file that survives a crash.
 
 `log.jsonl` in the run's folder is only ever appended to: at decisions, when a graph of the run is first seen, when a
 variant was tried or changed; a JSON object per line, each in one write:
