@@ -6,9 +6,9 @@ input gradient the block rows of each block column. The sums of a few rows by a 
 registers over the whole list.
 
 The plan of one call: pack the listed blocks of the weight, in the order in which they will be read; then tiles of rows,
-each with inputs small enough for the second-level cache, run over all lists. A thread takes a tile for itself as long
-as there are tiles, then helps with what is left of the others, so that neither few rows nor unequal lists leave one
-idle.
+each with inputs small enough for the second-level cache, run over all lists and phases. A thread takes a tile for
+itself as long as there are tiles, then helps with what is left of the others, so that neither few rows nor unequal
+lists leave one idle.
 """
 
 import torch
@@ -23,11 +23,9 @@ def source(
     """C++ for blocks of `outputs` x `inputs` (sides along the output's and the input's columns)."""
     strips = panels(outputs, isa)
     calls = "\n".join(
-        f"        strip<v{s.lanes}, {s.vectors}, {s.rows}>(c, r, {s.first}, tile_x, tile);" for s in strips
+        f"        strip<v{s.lanes}, {s.vectors}, {s.rows}>(c, list, phase, {s.first}, tile_x, tile);" for s in strips
     )
-    packs = "\n".join(
-        f"  pack_strip<{s.width}>(c, r, {s.first}, to + (int64_t){s.first} * length * c.taps * IN);" for s in strips
-    )
+    packs = "\n".join(f"    pack_strip<{s.width}>(c, list, phase, {s.first});" for s in strips)
     return (
         f"// Block-sparse rows of outputs: {outputs} x {inputs} blocks (output x input columns), "
         f"{x_dtype} x {weight_dtype}, activation {activation}, {isa.name}.\n"
@@ -46,46 +44,65 @@ constexpr bool KEEPS_Z = {str(activation.startswith("gelu")).lower()};
 
 
 _BODY = """
+// An output block, and the input blocks that it sums over.
+struct alignas(64) List {
+  int64_t begin, length;  // of its entries among the listed blocks
+  int64_t column, width;  // of the output: the first, and how many there are of OUT
+  int64_t input, weight;  // where its first possible input is in a packed pixel, and its first weight
+  const float* bias;      // [OUT]
+};
+
 struct Call {
+  const Geometry& g;
   const x_t* x;
   const w_t* weight;
   int64_t w_out, w_in, w_tap;  // strides of the weight along output columns, input columns, taps
-  const float* bias;  // up to whole blocks
-  const int32_t* offsets;  // the list of output block r is indices[offsets[r] .. offsets[r + 1]]
-  const int32_t* indices;
+  const int32_t* indices;  // input blocks
   x_t *y, *z;
-  int64_t outputs, inputs, taps;
-  const Tap* tap;
-  bool one_run;  // inputs and taps of an output column lie side by side
-  float* packed;  // the listed blocks, strip by strip, [tap][input][column of the strip]
-  int64_t pixel_stride;  // of packed pixels, in floats
+  int64_t groups, inputs;  // input columns of a group
+  int64_t listed;          // input columns that a list may name: of a group, or of all
+  bool in_order;           // the weight's taps lie side by side, and one phase has them all
+  float* packed;           // the listed blocks, list by list, phase by phase, strip by strip
+  int64_t pixel_stride;    // of packed pixels, in floats
+
+  // [entry of the list][tap of the phase][input][column of the strip]
+  float* packed_strip(const List& l, const Phase& phase, int64_t strip) const {
+    return packed + IN * (l.begin * g.taps * OUT + l.length * (phase.first_tap * OUT + phase.taps * strip));
+  }
 };
 
 // ---- packing -------------------------------------------------------------------------------------------------------
 
-// The pixels of a tile as float32, zero up to a whole block, at a stride that spreads them over the cache's sets.
+// The pixels of a tile as float32, each group zero up to a whole block, at a stride that spreads them over the cache's
+// sets.
 void pack_x(const Call& c, const Tile& tile, float* to) {
+  const int64_t whole = (c.inputs + IN - 1) / IN * IN;
   for (int64_t p = 0; p < tile.pixels; ++p, to += c.pixel_stride) {
-    int64_t k = 0;
-    if (tile.from[p] >= 0) {
-      const x_t* from = c.x + tile.from[p];
-      for (; k + Narrow::lanes <= c.inputs; k += Narrow::lanes) store<Narrow>(to + k, load<Narrow>(from + k));
-      for (; k < c.inputs; ++k) to[k] = to_float(from[k]);
+    if (tile.from[p] < 0) {
+      std::memset(to, 0, c.groups * whole * sizeof(float));
+      continue;
     }
-    const int64_t end = (c.inputs + IN - 1) / IN * IN;
-    if (k < end) std::memset(to + k, 0, (end - k) * sizeof(float));
+    const x_t* from = c.x + tile.from[p];
+    for (int64_t g = 0; g < c.groups; ++g, from += c.inputs) {
+      float* const group = to + g * whole;
+      int64_t k = 0;
+      for (; k + Narrow::lanes <= c.inputs; k += Narrow::lanes) store<Narrow>(group + k, load<Narrow>(from + k));
+      for (; k < c.inputs; ++k) group[k] = to_float(from[k]);
+      if (k < whole) std::memset(group + k, 0, (whole - k) * sizeof(float));
+    }
   }
 }
 
-// Columns [strip, strip + WIDTH) of the blocks of output block r; zero where the weight ends.
-template <int WIDTH> void pack_strip(const Call& c, int r, int strip, float* to) {
-  const int64_t o = (int64_t)r * OUT + strip;
-  for (int j = c.offsets[r]; j < c.offsets[r + 1]; ++j, to += c.taps * WIDTH * IN) {
+// Columns [strip, strip + WIDTH) of the blocks of a list, for one phase; zero where the weight ends.
+template <int WIDTH> void pack_strip(const Call& c, const List& l, const Phase& phase, int64_t strip) {
+  const Tap* const tap = c.g.tap() + phase.first_tap;
+  const int64_t taps = phase.taps, columns = std::min<int64_t>(WIDTH, l.width - strip);
+  float* to = c.packed_strip(l, phase, strip);
+  for (int64_t j = l.begin; j < l.begin + l.length; ++j, to += taps * WIDTH * IN) {
     const int64_t i = (int64_t)c.indices[j] * IN;
-    const w_t* from = c.weight + o * c.w_out + i * c.w_in;
-    const bool whole = o + WIDTH <= c.outputs && i + IN <= c.inputs;
-    if (whole && c.one_run) {
-      const int64_t taps = c.taps;
+    const w_t* from = c.weight + l.weight + strip * c.w_out + i * c.w_in;
+    const bool whole = columns == WIDTH && i + IN <= c.listed;
+    if (whole && c.in_order && c.w_in == taps) {  // inputs and taps lie in one run
       for (int b = 0; b < WIDTH; b += Narrow::lanes) {
         int64_t a = 0, t = 0;  // of the next entry of the run
         for (int64_t at = 0; at < taps * IN; at += Narrow::lanes) {
@@ -98,36 +115,55 @@ template <int WIDTH> void pack_strip(const Call& c, int r, int strip, float* to)
         }
       }
     } else if (whole && c.w_out == 1) {
-      for (int64_t t = 0; t < c.taps; ++t)
+      for (int64_t t = 0; t < taps; ++t)
         for (int a = 0; a < IN; ++a)
           for (int b = 0; b < WIDTH; b += Narrow::lanes)
-            store<Narrow>(to + (t * IN + a) * WIDTH + b,
-                          load<Narrow>(from + c.tap[t].index * c.w_tap + a * c.w_in + b));
+            store<Narrow>(to + (t * IN + a) * WIDTH + b, load<Narrow>(from + tap[t].index * c.w_tap + a * c.w_in + b));
+    } else if (whole) {
+      for (int a = 0; a < IN; ++a)
+        for (int b = 0; b < WIDTH; b += Narrow::lanes) {
+          const w_t* const corner = from + a * c.w_in + b * c.w_out;
+          float* const column = to + a * WIDTH + b;
+          int64_t t = 0;
+          for (; c.in_order && t + Narrow::lanes <= taps; t += Narrow::lanes) {
+            Narrow::f row[Narrow::lanes];
+            load_transposed(corner + t, c.w_out, row);
+            UNROLL for (int l = 0; l < Narrow::lanes; ++l) store<Narrow>(column + (t + l) * IN * WIDTH, row[l]);
+          }
+          for (; t < taps; ++t) {
+            const w_t* const entry = corner + tap[t].index * c.w_tap;
+            Narrow::f row;
+            UNROLL for (int l = 0; l < Narrow::lanes; ++l) row[l] = to_float(entry[l * c.w_out]);
+            store<Narrow>(column + t * IN * WIDTH, row);
+          }
+        }
     } else {
-      const int width = std::min<int64_t>(WIDTH, c.outputs - o), depth = std::min<int64_t>(IN, c.inputs - i);
-      if (!whole) std::memset(to, 0, c.taps * WIDTH * IN * sizeof(float));
+      const int depth = std::min<int64_t>(IN, c.listed - i);
+      std::memset(to, 0, taps * WIDTH * IN * sizeof(float));
       for (int a = 0; a < depth; ++a)
-        for (int b = 0; b < width; ++b)
-          for (int64_t t = 0; t < c.taps; ++t)
-            to[(t * IN + a) * WIDTH + b] = to_float(from[c.tap[t].index * c.w_tap + a * c.w_in + b * c.w_out]);
+        for (int64_t t = 0; t < taps; ++t) {
+          const w_t* const line = from + tap[t].index * c.w_tap + a * c.w_in;
+          for (int b = 0; b < columns; ++b) to[(t * IN + a) * WIDTH + b] = to_float(line[b * c.w_out]);
+        }
     }
   }
 }
 
-void pack_row(const Call& c, int r) {
-  const int64_t length = c.offsets[r + 1] - c.offsets[r];
-  float* to = c.packed + (int64_t)c.offsets[r] * c.taps * OUT * IN;
+void pack_list(const Call& c, const List& list) {
+  for (int64_t f = 0; f < c.g.phases; ++f) {
+    const Phase& phase = c.g.phase()[f];
 $PACKS
+  }
 }
 
 // ---- the inner kernel ----------------------------------------------------------------------------------------------
 
-// Stores z where it is wanted, and y.
+// Stores z where it is wanted, and y, of `width` columns.
 template <class V, int VECTORS, int ROWS>
-INLINE void finish(const Call& c, const int64_t* to, int64_t column, typename V::f (&acc)[ROWS][VECTORS]) {
+INLINE void finish(const Call& c, const int64_t* to, int64_t column, int64_t width,
+                   typename V::f (&acc)[ROWS][VECTORS]) {
   constexpr int WIDTH = VECTORS * V::lanes;
-  const int64_t width = std::min<int64_t>(WIDTH, c.outputs - column);
-  if (width == WIDTH) {
+  if (width >= WIDTH) {
     UNROLL for (int i = 0; i < ROWS; ++i)
       UNROLL for (int v = 0; v < VECTORS; ++v) {
         const int64_t at = to[i] + column + v * V::lanes;
@@ -148,24 +184,30 @@ INLINE void finish(const Call& c, const int64_t* to, int64_t column, typename V:
 }
 
 template <class V, int VECTORS, int ROWS>
-__attribute__((noinline)) void kernel(const Call& c, int r, int strip, const float* x, const Tile& tile, int64_t row) {
-  const int64_t column = (int64_t)r * OUT + strip;
+__attribute__((noinline)) void kernel(const Call& c, const List& list, const Phase& phase, int strip, const float* x,
+                                      const Rows& rows, const int32_t* tap_at, int64_t row) {
+  constexpr int WIDTH = VECTORS * V::lanes;
+  const int64_t* const to = rows.to + row;
+  const int64_t column = list.column + strip;
+  // What is stored at the end is in the cache by then.
+  UNROLL for (int i = 0; i < ROWS; ++i)
+    UNROLL for (int v = 0; v < WIDTH; v += 64 / sizeof(x_t)) __builtin_prefetch(c.y + to[i] + column + v, 1);
   typename V::f acc[ROWS][VECTORS];
   UNROLL for (int i = 0; i < ROWS; ++i)
-    UNROLL for (int v = 0; v < VECTORS; ++v) acc[i][v] = load<V>(c.bias + column + v * V::lanes);
+    UNROLL for (int v = 0; v < VECTORS; ++v) acc[i][v] = load<V>(list.bias + strip + v * V::lanes);
   const float* pixel[ROWS];
-  UNROLL for (int i = 0; i < ROWS; ++i) pixel[i] = x + tile.at[row + i] * c.pixel_stride;
-  const int length = c.offsets[r + 1] - c.offsets[r];
-  const int32_t* list = c.indices + c.offsets[r];
-  const float* w = c.packed + ((int64_t)c.offsets[r] * OUT + (int64_t)strip * length) * c.taps * IN;
-  int64_t j = 0, t = 0, from = length ? (int64_t)list[0] * IN + tile.tap_at[0] * c.pixel_stride : 0;
-  for (int64_t steps = length * c.taps; steps > 0; --steps) {
-    if (++t == c.taps) t = 0, ++j;
-    const int64_t next = (int64_t)list[j < length ? j : 0] * IN + tile.tap_at[t] * c.pixel_stride;
+  UNROLL for (int i = 0; i < ROWS; ++i) pixel[i] = x + rows.at[row + i] * c.pixel_stride + list.input;
+  const int64_t length = list.length, taps = phase.taps;
+  const int32_t* entry = c.indices + list.begin;
+  const float* w = c.packed_strip(list, phase, strip);
+  int64_t j = 0, t = 0, from = length && taps ? (int64_t)entry[0] * IN + tap_at[0] * c.pixel_stride : 0;
+  for (int64_t steps = length * taps; steps > 0; --steps) {
+    if (++t == taps) t = 0, ++j;
+    const int64_t next = (int64_t)entry[j < length ? j : 0] * IN + tap_at[t] * c.pixel_stride;
     UNROLL for (int i = 0; i < ROWS; ++i)
       UNROLL for (int k = 0; k < IN; k += 16) __builtin_prefetch(pixel[i] + next + k);
     // Twice, not more: instructions whose offsets fit a byte are fetched as fast as they execute.
-    UNROLL_TWICE for (int k = 0; k < IN; ++k, w += VECTORS * V::lanes) {
+    UNROLL_TWICE for (int k = 0; k < IN; ++k, w += WIDTH) {
       typename V::f b[VECTORS];
       UNROLL for (int v = 0; v < VECTORS; ++v) b[v] = load<V>(w + v * V::lanes);
       UNROLL for (int i = 0; i < ROWS; ++i)
@@ -173,93 +215,121 @@ __attribute__((noinline)) void kernel(const Call& c, int r, int strip, const flo
     }
     from = next;
   }
-  finish<V, VECTORS, ROWS>(c, tile.to + row, column, acc);
+  finish<V, VECTORS, ROWS>(c, to, column, list.width - strip, acc);
 }
 
 template <class V, int VECTORS, int ROWS>
-void kernel_of(int64_t rows, const Call& c, int r, int strip, const float* x, const Tile& tile, int64_t row) {
-  if (rows == ROWS)
-    kernel<V, VECTORS, ROWS>(c, r, strip, x, tile, row);
+void kernel_of(int64_t count, const Call& c, const List& list, const Phase& phase, int strip, const float* x,
+               const Rows& rows, const int32_t* tap_at, int64_t row) {
+  if (count == ROWS)
+    kernel<V, VECTORS, ROWS>(c, list, phase, strip, x, rows, tap_at, row);
   else if constexpr (ROWS > 1)
-    kernel_of<V, VECTORS, ROWS - 1>(rows, c, r, strip, x, tile, row);
+    kernel_of<V, VECTORS, ROWS - 1>(count, c, list, phase, strip, x, rows, tap_at, row);
 }
 
-// One strip of output block r for the rows of a tile, in groups of nearly equal size.
+// One strip of an output block for the rows of a tile in one phase, in groups of nearly equal size.
 template <class V, int VECTORS, int ROWS>
-void strip(const Call& c, int r, int at, const float* x, const Tile& tile) {
-  if ((int64_t)r * OUT + at >= c.outputs) return;
-  const int64_t groups = (tile.rows + ROWS - 1) / ROWS;
+void strip(const Call& c, const List& list, int64_t f, int at, const float* x, const Tile& tile) {
+  if (at >= list.width) return;
+  const Phase& phase = c.g.phase()[f];
+  const Rows& rows = tile.phase[f];
+  const int64_t groups = (rows.count + ROWS - 1) / ROWS;
   for (int64_t g = 0; g < groups; ++g) {
-    const int64_t begin = part(tile.rows, groups, g), end = part(tile.rows, groups, g + 1);
-    kernel_of<V, VECTORS, ROWS>(end - begin, c, r, at, x, tile, begin);
+    const int64_t begin = part(rows.count, groups, g), end = part(rows.count, groups, g + 1);
+    kernel_of<V, VECTORS, ROWS>(end - begin, c, list, phase, at, x, rows, tile.tap_at + phase.first_tap, begin);
   }
 }
 
 // ---- the plan ------------------------------------------------------------------------------------------------------
 
-bool lie_in_one_run(const Geometry& g, int64_t w_in, int64_t w_tap) {
-  bool in_order = true;
-  for (int64_t t = 0; t < g.taps; ++t) in_order &= g.tap[t].index == t;
-  return in_order && w_in == g.taps && (w_tap == 1 || g.taps == 1);
+bool lie_in_order(const Geometry& g, int64_t w_tap) {
+  bool in_order = g.phases == 1 && (w_tap == 1 || g.taps == 1);
+  for (int64_t t = 0; t < g.taps; ++t) in_order &= g.tap()[t].index == t;
+  return in_order;
 }
 
 struct Plan {
-  int64_t blocks, columns, pixel_stride;
+  int64_t columns, lists, pixel_stride;
   Tiles tiles;
   int64_t tile_floats, table_bytes, packed_floats;
-  Plan(const Geometry& g, int64_t outputs, int64_t inputs, int64_t tile_bytes)
-      : blocks((outputs + OUT - 1) / OUT),
-        columns((inputs + IN - 1) / IN),
-        pixel_stride(((columns * IN + 15) / 16 | 1) * 16),  // an odd number of cache lines
-        tiles(g, tile_bytes, [&](const Tiles& t) { return 4 * t.pixels * pixel_stride; }, 24, 192, GRAIN) {
+  Plan(const Geometry& g, int64_t groups, int64_t outputs, int64_t inputs, int64_t tile_bytes)
+      : columns((inputs + IN - 1) / IN),
+        lists(groups * ((outputs + OUT - 1) / OUT)),
+        pixel_stride(((groups * columns * IN + 15) / 16 | 1) * 16),  // an odd number of cache lines
+        tiles(g, 24, 192, GRAIN, [&](const Tiles& t) { return 4 * t.pixels * pixel_stride <= tile_bytes; }) {
     tile_floats = tiles.pixels * pixel_stride;
     table_bytes = Tile::bytes(tiles);
-    packed_floats = blocks * columns * g.taps * OUT * IN;
+    packed_floats = lists * columns * g.taps * OUT * IN;
   }
 };
+
+// The lists in the order in which they are taken: each output block has one, or, where `shared`, the blocks at the same
+// place in every group have one that is in order of the groups.
+void set_lists(const Call& c, int64_t outputs, bool shared, const float* bias, const int32_t* offsets,
+               const int32_t* order, List* lists, float* whole_bias) {
+  const int64_t blocks = (outputs + OUT - 1) / OUT, columns = (c.inputs + IN - 1) / IN;
+  for (int64_t turn = 0; turn < c.groups * blocks; ++turn, whole_bias += OUT) {
+    const int64_t r = order[shared ? turn / c.groups : turn], group = shared ? turn % c.groups : r / blocks;
+    const int64_t at = r % blocks * OUT, column = group * outputs + at, width = std::min<int64_t>(OUT, outputs - at);
+    const int32_t *begin = c.indices + offsets[r], *end = c.indices + offsets[r + 1];
+    if (shared) {
+      begin = std::lower_bound(begin, end, group * columns);
+      end = std::lower_bound(begin, end, (group + 1) * columns);
+    }
+    lists[turn] = {begin - c.indices, end - begin, column, width, shared ? 0 : group * columns * IN,
+                   (shared ? at : column) * c.w_out, whole_bias};
+    for (int64_t o = 0; o < OUT; ++o) whole_bias[o] = bias && o < width ? bias[column + o] : 0;
+  }
+}
 
 }  // namespace
 
 // Bytes of scratch that run() needs.
-extern "C" int64_t scratch_bytes(const Geometry* g, int64_t outputs, int64_t inputs, int64_t tile_bytes, int threads) {
-  const Plan p(*g, outputs, inputs, tile_bytes);
-  return threads * p.table_bytes + 4 * (p.packed_floats + threads * p.tile_floats + p.blocks * OUT + p.tiles.count + 1);
+extern "C" int64_t scratch_bytes(const Geometry* g, int64_t groups, int64_t outputs, int64_t inputs,
+                                 int64_t tile_bytes, int threads) {
+  const Plan p(*g, groups, outputs, inputs, tile_bytes);
+  return threads * p.table_bytes + p.lists * (int64_t)sizeof(List) +
+         4 * (p.packed_floats + threads * p.tile_floats + p.lists * OUT + p.tiles.count + 1);
 }
 
-// x and y as `geometry` has them, z like y, weight [outputs, inputs, taps].
+// x and y as `geometry` has them, z like y. Outputs and inputs are those of a group. The weight is
+// [groups * outputs, inputs, taps] with a list for each of its block rows, or [outputs, groups * inputs, taps], each
+// group with its own inputs, where `shared`.
 extern "C" void run(const Geometry* geometry, const x_t* x, const w_t* weight, int64_t w_out, int64_t w_in,
                     int64_t w_tap, const float* bias, const int32_t* offsets, const int32_t* indices,
-                    const int32_t* order, x_t* y, x_t* z, int64_t outputs, int64_t inputs, int64_t tile_bytes,
-                    int threads, char* scratch) {
-  const Plan p(*geometry, outputs, inputs, tile_bytes);
-  float* const packed = (float*)(scratch + threads * p.table_bytes);
+                    const int32_t* order, x_t* y, x_t* z, int64_t groups, int64_t outputs, int64_t inputs, int shared,
+                    int64_t tile_bytes, int threads, char* scratch) {
+  const Plan p(*geometry, groups, outputs, inputs, tile_bytes);
+  List* const lists = (List*)(scratch + threads * p.table_bytes);
+  float* const packed = (float*)(lists + p.lists);
   float* const tile_buffers = packed + p.packed_floats;
   float* const whole_bias = tile_buffers + threads * p.tile_floats;
-  int32_t* const next_block = (int32_t*)(whole_bias + p.blocks * OUT);
-  int32_t* const next_tile = next_block + p.tiles.count;
-  const Call c = {x, weight, w_out, w_in, w_tap, whole_bias, offsets, indices, y, z, outputs, inputs,
-                  geometry->taps, geometry->tap, lie_in_one_run(*geometry, w_in, w_tap), packed, p.pixel_stride};
-  for (int64_t o = 0; o < p.blocks * OUT; ++o) whole_bias[o] = bias && o < outputs ? bias[o] : 0;
-  std::fill(next_block, next_tile + 1, 0);
+  int32_t* const next_turn = (int32_t*)(whole_bias + p.lists * OUT);
+  int32_t* const next_tile = next_turn + p.tiles.count;
+  const Call c = {*geometry, x, weight, w_out, w_in, w_tap, indices, y, z, groups, inputs,
+                  shared ? groups * inputs : inputs, lie_in_order(*geometry, w_tap), packed, p.pixel_stride};
+  set_lists(c, outputs, shared, bias, offsets, order, lists, whole_bias);
+  std::fill(next_turn, next_tile + 1, 0);
 
 #pragma omp parallel num_threads(threads)
   {
 #pragma omp for schedule(dynamic, 1)
-    for (int64_t r = 0; r < p.blocks; ++r) pack_row(c, r);
+    for (int64_t i = 0; i < p.lists; ++i) pack_list(c, lists[i]);
 
     int64_t held = -1;  // the tile that this thread's buffer and tables hold
     float* const tile_x = tile_buffers + omp_get_thread_num() * p.tile_floats;
     Tile tile(p.tiles, scratch + omp_get_thread_num() * p.table_bytes);
     auto work_on = [&](int64_t i) {
       for (;;) {
-        const int turn = __atomic_fetch_add(&next_block[i], 1, __ATOMIC_RELAXED);
-        if (turn >= p.blocks) return;
+        const int64_t turn = __atomic_fetch_add(&next_turn[i], 1, __ATOMIC_RELAXED);
+        if (turn >= p.lists * geometry->phases) return;
         if (held != i) {
           tile.set(p.tiles, i);
           pack_x(c, tile, tile_x);
         }
         held = i;
-        const int r = order[turn];
+        const List& list = lists[turn / geometry->phases];
+        const int64_t phase = turn % geometry->phases;
 $CALLS
       }
     };

@@ -1,10 +1,10 @@
 """C++ for the weight gradient: for each listed block and tap, a product over all rows.
 
 The plan of one call: rows are taken in tiles that fit the caches (`cpp_window`; a linear has one tap, and its pixels
-are its rows); a tile of both inputs is packed by columns of blocks; then every listed block multiplies its two panels,
-once for each tap. Its sums are kept in float32 from tile to tile, in a buffer of their own; the last tile rounds and
-writes them, together with the block's two signals. Probed blocks take the same way without being written; all other
-blocks are written zero.
+are its rows), the two panels of a block the second-level one; a tile of both inputs is packed by columns of blocks;
+then every listed block multiplies its two panels, once for each tap. Its sums are kept in float32 from tile to tile, in
+a buffer of their own; the last tile rounds and writes them, together with the block's two signals. Probed blocks take
+the same way without being written; all other blocks are written zero.
 """
 
 import torch
@@ -120,9 +120,10 @@ __attribute__((noinline)) void kernel(const float* g, const float* x, const int3
 template <class V, int VECTORS, int AT>
 void strip(const float* g, const float* x, const Tile& tile, int64_t tap, const Size& size, float* sums) {
   const float* pixels = x + AT * size.pixels + tap * VECTORS * V::lanes;
+  const Rows& rows = tile.phase[0];
   for_groups([&](auto group, int at) {
     constexpr int SIZE = decltype(group)::value;
-    kernel<V, VECTORS, SIZE>(g + at * size.rows, pixels, tile.at, tile.rows, sums + at * IN + AT);
+    kernel<V, VECTORS, SIZE>(g + at * size.rows, pixels, rows.at, rows.count, sums + at * IN + AT);
   });
 }
 
@@ -191,16 +192,20 @@ void clear_row(const int32_t* list, int length, int64_t r, int64_t columns, cons
 // ---- the plan ------------------------------------------------------------------------------------------------------
 
 struct Plan {
-  int64_t height, width, blocks;
+  int64_t height, width, blocks;  // of the weight's grid
   Tiles tiles;
   int64_t g_floats, x_floats, sums_floats, table_bytes;
-  Plan(const Geometry& g, int64_t n, int64_t k, int64_t probes, int64_t tile_bytes)
+  Plan(const Geometry& g, int64_t groups, int64_t n, int64_t k, int64_t probes, int64_t tile_bytes,
+       int64_t panel_bytes)
       : height((n + OUT - 1) / OUT),
         width((k + IN - 1) / IN),
         blocks(height * width),
-        tiles(g, tile_bytes, [&](const Tiles& t) { return 4 * (t.rows * n + t.pixels * k); }, 128, 512, 8) {
+        tiles(g, 128, 512, 8, [&](const Tiles& t) {
+          return 4 * (t.rows * n + t.pixels * groups * k) <= tile_bytes &&
+                 4 * (t.rows * OUT + t.pixels * IN) <= panel_bytes;
+        }) {
     g_floats = height * OUT * tiles.rows;
-    x_floats = width * IN * tiles.pixels;
+    x_floats = groups * width * IN * tiles.pixels;
     sums_floats = tiles.count > 1 ? (blocks + probes) * g.taps * OUT * IN : 0;
     table_bytes = Tile::bytes(tiles);
   }
@@ -209,18 +214,20 @@ struct Plan {
 }  // namespace
 
 // Bytes of scratch that run() needs.
-extern "C" int64_t scratch_bytes(const Geometry* g, int64_t n, int64_t k, int64_t probes, int64_t tile_bytes) {
-  const Plan p(*g, n, k, probes, tile_bytes);
+extern "C" int64_t scratch_bytes(const Geometry* g, int64_t groups, int64_t n, int64_t k, int64_t probes,
+                                 int64_t tile_bytes, int64_t panel_bytes) {
+  const Plan p(*g, groups, n, k, probes, tile_bytes, panel_bytes);
   const int64_t floats = p.g_floats + p.x_floats + p.sums_floats + 2 * (p.blocks + probes) * g->taps;
-  return p.table_bytes + 4 * floats + (p.blocks + probes) * (int64_t)sizeof(Entry) + p.height + p.width;
+  return p.table_bytes + 4 * floats + (p.blocks + probes) * (int64_t)sizeof(Entry) + p.height + groups * p.width;
 }
 
-// x and g as `geometry` has x and y, weight and gradient [n, k, taps], signals [2, blocks].
+// x and g as `geometry` has x and y, in one phase; weight and gradient [n, k, taps], of whose rows each group has as
+// many, and k inputs of its own; signals [2, blocks].
 extern "C" void run(const Geometry* geometry, const x_t* g, const x_t* x, const w_t* weight, int64_t w_out,
                     int64_t w_in, int64_t w_tap, const int32_t* offsets, const int32_t* indices, const int32_t* probes,
-                    int64_t probe_count, w_t* gradient, float* signals, int64_t n, int64_t k, int64_t tile_bytes,
-                    int threads, char* scratch) {
-  const Plan p(*geometry, n, k, probe_count, tile_bytes);
+                    int64_t probe_count, w_t* gradient, float* signals, int64_t groups, int64_t n, int64_t k,
+                    int64_t tile_bytes, int64_t panel_bytes, int threads, char* scratch) {
+  const Plan p(*geometry, groups, n, k, probe_count, tile_bytes, panel_bytes);
   const int64_t taps = geometry->taps;
   const Weight w = {weight, n, k, taps, {w_out, w_in, w_tap}, gradient};
   const Size size = {p.tiles.rows, p.tiles.pixels};
@@ -232,11 +239,12 @@ extern "C" void run(const Geometry* geometry, const x_t* g, const x_t* x, const 
   Entry* const entries = (Entry*)(parts + 2 * (p.blocks + probe_count) * taps);
   char* const used_rows = (char*)(entries + p.blocks + probe_count);
   char* const used_columns = used_rows + p.height;
-  std::memset(used_rows, 0, p.height + p.width);
+  std::memset(used_rows, 0, p.height + groups * p.width);
   int64_t count = 0;
+  auto panel_of_x = [&](int64_t r, int64_t c) { return r * groups / p.height * p.width + c; };
   auto add = [&](int64_t r, int64_t c, bool written) {
     entries[count++] = {(int32_t)r, (int32_t)c, written};
-    used_rows[r] = used_columns[c] = 1;
+    used_rows[r] = used_columns[panel_of_x(r, c)] = 1;
   };
   for (int64_t r = 0; r < p.height; ++r)
     for (int j = offsets[r]; j < offsets[r + 1]; ++j) add(r, indices[j], true);
@@ -254,11 +262,13 @@ extern "C" void run(const Geometry* geometry, const x_t* g, const x_t* x, const 
 #pragma omp single
       tile.set(p.tiles, q);
 #pragma omp for schedule(dynamic, 1) nowait
-      for (int64_t m = 0; m < tile.rows; m += 8)
-        pack_g(g, tile.to, n, used_rows, m, std::min(m + 8, tile.rows), size.rows, packed_g);
+      for (int64_t m = 0; m < tile.phase->count; m += 8)
+        pack_g(g, tile.phase->to, n, used_rows, m, std::min(m + 8, tile.phase->count), size.rows, packed_g);
 #pragma omp for schedule(dynamic, 1)
       for (int64_t m = 0; m < tile.pixels; m += 8)
-        pack_x(x, tile.from, k, used_columns, m, std::min(m + 8, tile.pixels), size.pixels, packed_x);
+        for (int64_t group = 0; group < groups; ++group)
+          pack_x(x + group * k, tile.from, k, used_columns + group * p.width, m, std::min(m + 8, tile.pixels),
+                 size.pixels, packed_x + group * p.width * IN * size.pixels);
 #pragma omp for schedule(dynamic, grain)
       for (int64_t i = 0; i < count * taps; ++i) {
         const Entry e = entries[i / taps];
@@ -266,8 +276,8 @@ extern "C" void run(const Geometry* geometry, const x_t* g, const x_t* x, const 
         alignas(64) float local[OUT * IN];
         float* const sums = p.tiles.count > 1 ? kept + i * OUT * IN : local;
         if (q == 0) std::memset(sums, 0, sizeof local);
-        product(packed_g + e.row * size.rows * OUT, packed_x + e.column * size.pixels * IN, tile, tile.tap_at[t], size,
-                sums);
+        product(packed_g + e.row * size.rows * OUT, packed_x + panel_of_x(e.row, e.column) * size.pixels * IN, tile,
+                tile.tap_at[t], size, sums);
         if (q + 1 == p.tiles.count) finish(e, t, sums, w, parts + 2 * i, parts + 2 * i + 1);
       }
     }

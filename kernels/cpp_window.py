@@ -2,33 +2,55 @@
 
 A row of the output is a sum over a list of (where in the input, which weight block). The rows of a product are the
 pixels of its output, image after image. A row reads an input pixel for each tap of the window; a linear is the window
-of one tap over one line of pixels. Kernels work on tiles of rows: the pixels that a tile reads are packed side by side
-with the zeros around them, and two tables say which packed pixel is a row's first, and how far a tap is from there.
+of one tap over one line of pixels. The pixels of a strided convolution's input gradient fall into phases, each with its
+own taps, and pixel p of every phase reads about the same inputs. Kernels work on tiles of rows: the pixels that a tile
+reads are packed side by side with the zeros around them, and two tables say which packed pixel is a row's first, and
+how far a tap is from there.
 """
 
 import ctypes
+import functools
 from collections.abc import Sequence
+from typing import NamedTuple
 
 _DIMENSIONS = 3  # that a geometry has room for: depth, height, width
 Size = tuple[int, ...]
-Taps = Sequence[tuple[Size, int]]  # offset in the input's pixels, at the weight's tap of this index
+Taps = tuple[tuple[Size, int], ...]  # offset in the input's pixels, at the weight's tap of this index
 
 
+class Phase(NamedTuple):
+    """Pixels of the output that read the input through the same taps: `out` of them, the first at `start` in y."""
+
+    out: Size
+    start: int
+    taps: Taps
+
+
+@functools.lru_cache
 def geometry(
-    images: int, out: Size, size: Size, first: Size, step: Size, taps: Taps, x_stride: Size, y_stride: Size
+    images: int, size: Size, step: Size, phases: tuple[Phase, ...], x_stride: Size, y_stride: Size
 ) -> ctypes.Array[ctypes.c_int64]:
-    """The `Geometry` of the C++ for outputs of `out` pixels and inputs of `size`.
+    """The `Geometry` of the C++ for inputs of `size` pixels.
 
-    Output pixel p reads input pixel `p * step + offset` for each tap's offset; `first` is at most the least of them.
-    `x_stride` and `y_stride` are those of an image and of each dimension, in entries.
+    Output pixel p of a phase reads input pixel `p * step + offset` for each of its taps' offsets. `x_stride` and
+    `y_stride` are those of an image and of each dimension, in entries, as is a phase's start.
     """
-    reach = [max((offset[d] for offset, _ in taps), default=first[d]) - first[d] for d in range(len(out))]
+    dimensions = range(len(size))
+    out = [max(phase.out[d] for phase in phases) for d in dimensions]
+    offsets = [offset for phase in phases for offset, _ in phase.taps] or [(0,) * len(size)]
+    first = [min(offset[d] for offset in offsets) for d in dimensions]
+    reach = [max(offset[d] for offset in offsets) - first[d] for d in dimensions]
     words = [images, *_three(out, 1), *_three(size, 1), *_three(first, 0), *_three(step, 1), *_three(reach, 0)]
     for image, *rest in (x_stride, y_stride):
         words += [image, *_three(rest, 0)]
-    words.append(len(taps))
-    for offset, index in taps:
-        words += [*_three([at - start for at, start in zip(offset, first, strict=True)], 0), index]
+    words += [sum(len(phase.taps) for phase in phases), len(phases)]
+    for phase in phases:
+        for offset, index in phase.taps:
+            words += [*_three([at - start for at, start in zip(offset, first, strict=True)], 0), index]
+    taps = 0
+    for phase in phases:
+        words += [*_three(phase.out, 1), phase.start, taps, len(phase.taps)]
+        taps += len(phase.taps)
     return (ctypes.c_int64 * len(words))(*words)
 
 
@@ -41,27 +63,30 @@ GEOMETRY = """
 
 struct Tap { int64_t at[3], index; };  // pixels from the first tap, 0 or more; position in the weight
 
-// Depth, height and width, of size 1 where there are fewer. The row of output pixel p of an image reads, for each tap,
-// input pixel p * step + first + tap; what lies outside the input is zero. Strides are in entries.
+struct Phase { int64_t out[3], to, first_tap, taps; };  // output pixels that share taps; offset in y of the first
+
+// Depth, height and width, of size 1 where there are fewer. The row of output pixel p of an image reads, for each tap
+// of its phase, input pixel p * step + first + tap; what lies outside the input is zero. Strides are in entries.
 struct Geometry {
-  int64_t images, out[3], in[3], first[3], step[3], reach[3];  // reach: the largest tap
+  int64_t images, out[3], in[3], first[3], step[3], reach[3];  // out: of the largest phase; reach: the largest tap
   int64_t x_stride[4], y_stride[4];  // of an image, and of each dimension
-  int64_t taps;
-  Tap tap[];
+  int64_t taps, phases;
+  const Tap* tap() const { return (const Tap*)(this + 1); }  // phase by phase
+  const Phase* phase() const { return (const Phase*)(tap() + taps); }
 };
 
-// A tile is some whole lines of output pixels, or a part of one line: of `most` rows, or as many as take no more than
-// `bytes`, but no fewer than `least`, as far as lines allow.
+// A tile is some whole lines of output pixels, or a part of one line: of `most` rows, or as many as fit, but no fewer
+// than `least`, as far as lines allow. With phases, these are the rows of the largest.
 struct Tiles {
   const Geometry& g;
   int64_t lines, parts, count, rows, pixels;  // rows and pixels of the largest tile
 
   // `grain`: rows that are worked on at a time.
-  template <class Need>
-  Tiles(const Geometry& geometry, int64_t bytes, Need need, int64_t least, int64_t most, int64_t grain)
+  template <class Fits>
+  Tiles(const Geometry& geometry, int64_t least, int64_t most, int64_t grain, Fits fits)
       : g(geometry), lines(g.images * g.out[0] * g.out[1]) {
     int64_t wanted = most / grain * grain;
-    for (cut(wanted); wanted - grain >= least && need(*this) > bytes; cut(wanted)) wanted -= grain;
+    for (cut(wanted); wanted - grain >= least && !fits(*this); cut(wanted)) wanted -= grain;
   }
 
   void cut(int64_t wanted) {
@@ -75,23 +100,30 @@ struct Tiles {
   }
 };
 
+// The rows of one phase of a tile.
+struct Rows {
+  int64_t count;
+  int64_t* to;  // offset in y
+  int32_t* at;  // the packed pixel of the first tap
+};
+
 // The tables of one tile.
 struct Tile {
-  int64_t rows, pixels;
+  int64_t pixels;
+  Rows* phase;
   int64_t* from;    // [pixels] offset in x of each packed pixel, -1: zero
-  int64_t* to;      // [rows] offset in y
-  int32_t* at;      // [rows] the packed pixel of the first tap
-  int32_t* tap_at;  // [taps] packed pixels from there
+  int32_t* tap_at;  // [taps] packed pixels from a row's first tap
 
   static int64_t bytes(const Tiles& t) {
-    return (8 * (t.pixels + t.rows) + 4 * (t.rows + t.g.taps) + 63) / 64 * 64;  // whole cache lines
+    const int64_t rows = t.g.phases * t.rows;
+    return (t.g.phases * (int64_t)sizeof(Rows) + 8 * (t.pixels + rows) + 4 * (rows + t.g.taps) + 63) / 64 * 64;
   }
 
-  Tile(const Tiles& t, char* memory) : rows(0), pixels(0) {
-    from = (int64_t*)memory;
-    to = from + t.pixels;
-    at = (int32_t*)(to + t.rows);
-    tap_at = at + t.rows;
+  Tile(const Tiles& t, char* memory) : pixels(0), phase((Rows*)memory), from((int64_t*)(phase + t.g.phases)) {
+    int64_t* const to = from + t.pixels;
+    int32_t* const at = (int32_t*)(to + t.g.phases * t.rows);
+    for (int64_t f = 0; f < t.g.phases; ++f) phase[f] = {0, to + f * t.rows, at + f * t.rows};
+    tap_at = at + t.g.phases * t.rows;
   }
 
   void set(const Tiles& t, int64_t i) {
@@ -100,15 +132,22 @@ struct Tile {
     const int64_t end = t.parts > 1 ? line + 1 : part(t.lines, t.count, i + 1);
     const int64_t left = part(g.out[2], t.parts, i % t.parts), right = part(g.out[2], t.parts, i % t.parts + 1);
     const int64_t width = (right - left - 1) * g.step[2] + g.reach[2] + 1, planes = g.reach[0] + 1;
-    rows = pixels = 0;
+    pixels = 0;
+    for (int64_t f = 0; f < g.phases; ++f) phase[f].count = 0;
     while (line < end) {  // the lines of one plane share pixels
       const int64_t top = line % g.out[1], bottom = std::min(g.out[1], top + end - line);
       const int64_t depth = line / g.out[1] % g.out[0], image = line / g.out[1] / g.out[0];
-      for (int64_t h = top; h < bottom; ++h)
-        for (int64_t w = left; w < right; ++w, ++rows) {
-          at[rows] = (int32_t)(pixels + (h - top) * g.step[1] * planes * width + (w - left) * g.step[2]);
-          to[rows] = image * g.y_stride[0] + depth * g.y_stride[1] + h * g.y_stride[2] + w * g.y_stride[3];
-        }
+      for (int64_t f = 0; f < g.phases; ++f) {
+        const Phase& in = g.phase()[f];
+        Rows& rows = phase[f];
+        const int64_t start = in.to + image * g.y_stride[0] + depth * g.y_stride[1];
+        const int64_t below = depth < in.out[0] ? std::min(bottom, in.out[1]) : top, past = std::min(right, in.out[2]);
+        for (int64_t h = top; h < below; ++h)
+          for (int64_t w = left; w < past; ++w, ++rows.count) {
+            rows.at[rows.count] = (int32_t)(pixels + (h - top) * g.step[1] * planes * width + (w - left) * g.step[2]);
+            rows.to[rows.count] = start + h * g.y_stride[2] + w * g.y_stride[3];
+          }
+      }
       const int64_t height = (bottom - top - 1) * g.step[1] + g.reach[1] + 1;
       for (int64_t a = 0; a < height; ++a)
         for (int64_t b = 0; b < planes; ++b) {
@@ -122,7 +161,7 @@ struct Tile {
       line += bottom - top;
     }
     for (int64_t j = 0; j < g.taps; ++j) {
-      const int64_t* tap = g.tap[j].at;
+      const int64_t* tap = g.tap()[j].at;
       tap_at[j] = (int32_t)((tap[1] * planes + tap[0]) * width + tap[2]);
     }
   }

@@ -1,22 +1,21 @@
 """Block-sparse convolution on the CPU: forward, input gradient and weight gradient that skip masked channel blocks.
 
-The kernels are those of `cpu_product`. Activations are channels-last, so that an output pixel is a row of a product and
-a tap of the window is a shift of its input; a block of channels spans all taps. The input gradient of a convolution
-with a stride falls into phases, each with the taps that reach its pixels: nothing is multiplied with zeros in between.
+The kernels are those of `cpu_product`, one call for all groups. Activations are channels-last, so that an output pixel
+is a row of a product and a tap of the window is a shift of its input; a block of channels spans all taps. The input
+gradient of a convolution with a stride falls into phases, each with the taps that reach its pixels: nothing is
+multiplied with zeros in between.
 """
 
 import functools
 import itertools
 import math
-from collections.abc import Iterator
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from . import cpp_window, cpu_product, index_lists
+from . import cpp_window, cpu_product
 from .build import KernelBuildError as KernelBuildError
-from .cpp_window import Size, Taps
+from .cpp_window import Phase, Size, Taps
 from .cpu_product import Block
 from .cpu_product import sources as sources
 from .cpu_product import supported as supported
@@ -32,48 +31,29 @@ def forward(
     x `[N, I, *size]`, best with a unit stride along I, weight `[O, I / groups, *taps]`, bias `[O]` or None. Returns y
     `[N, O, *out]` in x's dtype, channels-last, and z as `cpu_linear.forward` does.
     """
-    x, flat = channels_last(x), weight.flatten(2)
-    size, taps = tuple(x.shape[2:]), tuple(weight.shape[2:])
-    out = window.output_size(size, taps)
-    y = _empty(x, weight.shape[0], out)
+    x = channels_last(x)
+    y = _empty(x, weight.shape[0], window.output_size(tuple(x.shape[2:]), tuple(weight.shape[2:])))
     z = torch.empty_like(y) if activation.startswith("gelu") else x.new_empty(0)
-    if not y.numel():
-        return y, z
-    offsets, first = _window_taps(window, taps)
-    geometry = _geometry(x, y, out, size, first, window.stride, offsets)
-    (o, i), strides = flat.shape[:2], (flat.stride(0), flat.stride(1), flat.stride(2))
-    for group, own in _groups(lists, window.groups):
-        inputs, outputs = slice(group * i, (group + 1) * i), slice(group * o // window.groups, None)
-        by_rows = own.crow_indices, own.col_indices, own.row_order
+    if y.numel():
+        by_rows = lists.crow_indices, lists.col_indices, lists.row_order
         cpu_product.rows(
-            geometry, x[:, inputs], flat[outputs], strides, None if bias is None else bias[outputs], by_rows,
-            y[:, outputs], z[:, outputs] if z.numel() else z, o // window.groups, i, block, activation,
+            _geometry(x, y, weight, window), x, weight.flatten(2), bias, by_rows, y, z, block, activation,
+            window.groups,
         )  # fmt: skip
     return y, z
 
 
 def dgrad(grad_z: Tensor, weight: Tensor, lists: BlockLists, block: Block, window: Window, input_size: Size) -> Tensor:
     """Gradient with respect to the input, `reference.conv_dgrad`: grad_z `[N, O, *out]` -> `[N, I, *input_size]`."""
-    grad_z, flat = channels_last(grad_z), weight.flatten(2)
-    out, none = tuple(grad_z.shape[2:]), grad_z.new_empty(0)
-    o, i = flat.shape[:2]
-    grad_x = _empty(grad_z, i * window.groups, input_size)
-    if not grad_x.numel():
-        return grad_x
-    strides = (flat.stride(1), flat.stride(0), flat.stride(2))
-    for phase in _phases(window, tuple(weight.shape[2:]), input_size):
-        pixels = grad_x
-        for dim, (start, stride) in enumerate(zip(phase.pixel, window.stride, strict=True), 2):
-            pixels = pixels[(slice(None),) * dim + (slice(start, None, stride),)]
-        step = (1,) * len(out)
-        geometry = _geometry(grad_z, pixels, tuple(pixels.shape[2:]), out, phase.first, step, phase.taps)
-        for group, own in _groups(lists, window.groups):
-            inputs, outputs = slice(group * i, (group + 1) * i), slice(group * o // window.groups, None)
-            by_columns = own.ccol_indices, own.row_indices, own.column_order
-            cpu_product.rows(
-                geometry, grad_z[:, outputs], flat[outputs], strides, None, by_columns, pixels[:, inputs], none,
-                i, o // window.groups, (block[1], block[0]),
-            )  # fmt: skip
+    grad_z = channels_last(grad_z)
+    grad_x = _empty(grad_z, weight.shape[1] * window.groups, input_size)
+    if grad_x.numel():
+        by_columns = lists.ccol_indices, lists.row_indices, lists.column_order
+        transposed, none = weight.flatten(2).transpose(0, 1), grad_z.new_empty(0)
+        cpu_product.rows(
+            _transposed_geometry(grad_z, grad_x, weight, window), grad_z, transposed, None, by_columns, grad_x, none,
+            (block[1], block[0]), "none", window.groups, shared=True,
+        )  # fmt: skip
     return grad_x
 
 
@@ -85,26 +65,15 @@ def wgrad(
     grad_z `[N, O, *out]`, x `[N, I, *size]`, probes int32 `[P]` (flat ids of inactive blocks, padded with -1) ->
     grad_weight contiguous `[O, I / groups, *taps]` in the weight's dtype, signals float32 `[2, R, C]`.
     """
-    grad_z, x, flat = channels_last(grad_z), channels_last(x), weight.flatten(2)
-    size, taps, out = tuple(x.shape[2:]), tuple(weight.shape[2:]), tuple(grad_z.shape[2:])
+    grad_z, x = channels_last(grad_z), channels_last(x)
     grad_weight = weight.new_empty(weight.shape)
     signals = weight.new_empty(2, *lists.grid, dtype=torch.float32)
     if not grad_z.numel() or not x.numel():
         return grad_weight.zero_(), signals.zero_()
-    offsets, first = _window_taps(window, taps)
-    geometry = _geometry(x, grad_z, out, size, first, window.stride, offsets)
-    (o, i), strides = flat.shape[:2], (flat.stride(0), flat.stride(1), flat.stride(2))
-    blocks = lists.grid[0] // window.groups * lists.grid[1]
-    for group, own in _groups(lists, window.groups):
-        inputs = slice(group * i, (group + 1) * i)
-        outputs = slice(group * o // window.groups, (group + 1) * o // window.groups)
-        here = torch.where(probes // blocks == group, probes - group * blocks, -1).int() if len(probes) else probes
-        part = signals if window.groups == 1 else signals.new_empty(2, *own.grid)
-        cpu_product.wgrad(
-            geometry, grad_z[:, outputs], x[:, inputs], flat[outputs], strides, own, here,
-            grad_weight.flatten(2)[outputs], part, block,
-        )  # fmt: skip
-        signals.view(2, window.groups, *own.grid)[:, group].copy_(part.view(2, *own.grid))
+    cpu_product.wgrad(
+        _geometry(x, grad_z, weight, window), grad_z, x, weight.flatten(2), lists, probes,
+        grad_weight.flatten(2), signals, block, window.groups,
+    )  # fmt: skip
     return grad_weight, signals
 
 
@@ -112,56 +81,58 @@ def _empty(like: Tensor, channels: int, size: Size) -> Tensor:
     return like.new_empty(like.shape[0], *size, channels).movedim(-1, 1)
 
 
-def _geometry(x: Tensor, y: Tensor, out: Size, size: Size, first: Size, step: Size, taps: Taps) -> cpu_product.Geometry:
-    """Rows that are the pixels of y `[N, _, *out]`, which read those of x `[N, _, *size]`."""
-    pixels = [(s.stride(0), *s.stride()[2:]) for s in (x, y)]
-    return cpp_window.geometry(x.shape[0], out, size, first, step, taps, *pixels)
-
-
-def _groups(lists: BlockLists, groups: int) -> Iterator[tuple[int, BlockLists]]:
-    """Each group of a convolution with the lists of its own block rows."""
-    if groups == 1:
-        yield 0, lists
-        return
-    for group, mask in enumerate(index_lists.mask_of(lists).chunk(groups)):
-        yield group, index_lists.build(mask)
+def _geometry(x: Tensor, y: Tensor, weight: Tensor, window: Window) -> cpu_product.Geometry:
+    """Rows that are the pixels of y `[N, O, *out]`, which see those of x `[N, I, *size]` through the window."""
+    phase = Phase(tuple(y.shape[2:]), 0, _taps(window, tuple(weight.shape[2:])))
+    strides = [(image.stride(0), *image.stride()[2:]) for image in (x, y)]
+    return cpp_window.geometry(x.shape[0], tuple(x.shape[2:]), window.stride, (phase,), *strides)
 
 
 @functools.lru_cache
-def _window_taps(window: Window, taps: Size) -> tuple[Taps, Size]:
-    """Where each tap reads from, in pixels of the input from `output pixel * stride`, and the first of those."""
-    first = tuple(-before for before, _ in window.padding)
+def _taps(window: Window, taps: Size) -> Taps:
+    """Where each tap reads from, in pixels of the input from `output pixel * stride`."""
     ranges = [
-        [start + dilation * t for t in range(count)]
-        for start, count, dilation in zip(first, taps, window.dilation, strict=True)
+        [dilation * t - before for t in range(count)]
+        for count, dilation, (before, _) in zip(taps, window.dilation, window.padding, strict=True)
     ]
-    return tuple((offset, index) for index, offset in enumerate(itertools.product(*ranges))), first
+    return tuple((offset, index) for index, offset in enumerate(itertools.product(*ranges)))
 
 
-class _Phase(NamedTuple):
-    """Pixels of the input, every `stride`-th from `pixel` on, and which pixels of the output reach them by what tap."""
-
-    pixel: Size
-    taps: Taps
-    first: Size
+def _transposed_geometry(grad_z: Tensor, grad_x: Tensor, weight: Tensor, window: Window) -> cpu_product.Geometry:
+    """Rows that are the pixels of grad_x `[N, I, *size]`, which grad_z `[N, O, *out]` saw through the window."""
+    strides = tuple(grad_x.stride()[2:])
+    phases = _phases(window, tuple(weight.shape[2:]), tuple(grad_x.shape[2:]), strides)
+    steps = [pixel * stride for pixel, stride in zip(strides, window.stride, strict=True)]
+    return cpp_window.geometry(
+        grad_z.shape[0], tuple(grad_z.shape[2:]), (1,) * len(steps), phases,
+        (grad_z.stride(0), *grad_z.stride()[2:]), (grad_x.stride(0), *steps),
+    )  # fmt: skip
 
 
 @functools.lru_cache
-def _phases(window: Window, taps: Size, size: Size) -> tuple[_Phase, ...]:
+def _phases(window: Window, taps: Size, size: Size, strides: Size) -> tuple[Phase, ...]:
+    """The pixels of an input of `size`, in phases of every `stride`-th of them; `strides` are those of a pixel.
+
+    Pixel p of a phase is seen by output pixels p + offset, through the phase's own taps.
+    """
     phases = []
     for pixel in itertools.product(*(range(min(s, n)) for s, n in zip(window.stride, size, strict=True))):
-        reached: list[list[tuple[int, int]]] = []  # per dimension: output pixel of the first input pixel, tap
+        seen: list[list[tuple[int, int]]] = []  # per dimension: output pixel that sees the phase's first, tap
         for start, count, stride, dilation, (before, _) in zip(
             pixel, taps, window.stride, window.dilation, window.padding, strict=True
         ):
             places = [(start + before - dilation * t, t) for t in range(count)]
-            reached.append([(place // stride, t) for place, t in places if place % stride == 0])
-        offsets = [
-            (tuple(place for place, _ in combination), _flat_index([t for _, t in combination], taps))
-            for combination in itertools.product(*reached)
-        ]
-        first = tuple(min((offset[d] for offset, _ in offsets), default=0) for d in range(len(taps)))
-        phases.append(_Phase(pixel, tuple(offsets), first))
+            seen.append([(place // stride, t) for place, t in places if place % stride == 0])
+        phases.append(
+            Phase(
+                tuple(-(-(n - start) // stride) for n, start, stride in zip(size, pixel, window.stride, strict=True)),
+                sum(start * stride for start, stride in zip(pixel, strides, strict=True)),
+                tuple(
+                    (tuple(place for place, _ in combination), _flat_index([t for _, t in combination], taps))
+                    for combination in itertools.product(*seen)
+                ),
+            )
+        )
     return tuple(phases)
 
 

@@ -22,25 +22,21 @@ def forward(
     x `[M, K]` with a unit stride along K, weight `[N, K]`, bias `[N]` or None. Returns y `[M, N]` in x's dtype and, for
     the gelu activations, z likewise; for the others, whose derivative is known from y, z is empty.
     """
-    n, k = weight.shape
-    y = x.new_empty(x.shape[0], n)
+    y = x.new_empty(x.shape[0], weight.shape[0])
     z = torch.empty_like(y) if activation.startswith("gelu") else x.new_empty(0)
     by_rows = lists.crow_indices, lists.col_indices, lists.row_order
     if y.numel():
-        strides = (weight.stride(0), weight.stride(1), 1)
-        cpu_product.rows(_geometry(x, y), x, weight, strides, bias, by_rows, y, z, n, k, block, activation)
+        cpu_product.rows(_geometry(x, y), x, weight[..., None], bias, by_rows, y, z, block, activation)
     return y, z
 
 
 def dgrad(grad_z: Tensor, weight: Tensor, lists: BlockLists, block: Block) -> Tensor:
     """Gradient with respect to the input, `reference.linear_dgrad`: grad_z `[M, N]`, weight `[N, K]` -> `[M, K]`."""
-    n, k = weight.shape
-    grad_x = grad_z.new_empty(grad_z.shape[0], k)
+    grad_x = grad_z.new_empty(grad_z.shape[0], weight.shape[1])
     by_columns = lists.ccol_indices, lists.row_indices, lists.column_order
     if grad_x.numel():
-        strides, none = (weight.stride(1), weight.stride(0), 1), grad_z.new_empty(0)
-        geometry, sides = _geometry(grad_z, grad_x), (block[1], block[0])
-        cpu_product.rows(geometry, grad_z, weight, strides, None, by_columns, grad_x, none, k, n, sides)
+        geometry, sides, none = _geometry(grad_z, grad_x), (block[1], block[0]), grad_z.new_empty(0)
+        cpu_product.rows(geometry, grad_z, weight.t()[..., None], None, by_columns, grad_x, none, sides)
     return grad_x
 
 
@@ -54,12 +50,13 @@ def wgrad(
     """
     grad_weight = weight.new_empty(weight.shape)
     signals = weight.new_empty(2, *lists.grid, dtype=torch.float32)
-    strides = (weight.stride(0), weight.stride(1), 1)
-    cpu_product.wgrad(_geometry(x, grad_z), grad_z, x, weight, strides, lists, probes, grad_weight, signals, block)
+    geometry = _geometry(x, grad_z)
+    cpu_product.wgrad(geometry, grad_z, x, weight[..., None], lists, probes, grad_weight, signals, block)
     return grad_weight, signals
 
 
 def _geometry(x: Tensor, y: Tensor) -> Geometry:
     """The rows of x and y as two lines of pixels."""
     size = (x.shape[0],)
-    return cpp_window.geometry(1, size, size, (0,), (1,), (((0,), 0),), (0, x.stride(0)), (0, y.stride(0)))
+    phase = cpp_window.Phase(size, 0, (((0,), 0),))
+    return cpp_window.geometry(1, size, (1,), (phase,), (0, x.stride(0)), (0, y.stride(0)))

@@ -22,10 +22,9 @@ from .index_lists import BlockLists
 
 Block = tuple[int, int]
 Geometry = ctypes.Array[ctypes.c_int64]
-Strides = tuple[int, int, int]  # of a weight, along output channels, input channels, taps
 
 _DTYPES = ((torch.float32, torch.float32), (torch.bfloat16, torch.bfloat16), (torch.bfloat16, torch.float32))
-_PACKED_BYTES = 4 << 20  # of one tile's panels in the weight gradient, to be read from the last-level cache
+_PACKED_BYTES = 4 << 20  # of all panels of a tile in the weight gradient, to be read from the last-level cache
 
 
 def supported(x_dtype: torch.dtype, weight_dtype: torch.dtype, block: Block) -> str | None:
@@ -38,37 +37,45 @@ def supported(x_dtype: torch.dtype, weight_dtype: torch.dtype, block: Block) -> 
 
 
 def rows(
-    geometry: Geometry, x: Tensor, weight: Tensor, strides: Strides, bias: Tensor | None, lists: tuple[Tensor, ...],
-    y: Tensor, z: Tensor, outputs: int, inputs: int, block: Block, activation: str = "none",
+    geometry: Geometry, x: Tensor, weight: Tensor, bias: Tensor | None, lists: tuple[Tensor, ...], y: Tensor, z: Tensor,
+    block: Block, activation: str = "none", groups: int = 1, shared: bool = False,
 ) -> None:  # fmt: skip
     """Writes y, and z where the activation needs it: a sum over the listed blocks for each block of outputs.
 
     `geometry` says where the rows of y and their inputs lie (`cpp_window.geometry`); `lists` are the offsets, indices
-    and order of the blocks of `block`, `(outputs, inputs)`, that each block of outputs sums over.
+    and order of the blocks of `block`, `(outputs, inputs)`, that each block of outputs sums over. The weight is
+    `[groups * outputs, inputs, taps]`, each list names inputs of its own group; or, where `shared`,
+    `[outputs, groups * inputs, taps]`, and a list serves the block at its place in every group.
     """
+    outputs, inputs = weight.shape[:2]
+    outputs, inputs = (outputs, inputs // groups) if shared else (outputs // groups, inputs)
     library = _rows_library(block, x.dtype, weight.dtype, activation, isa.current())
     bias = None if bias is None else bias.float().contiguous()
     threads, cached = torch.get_num_threads(), _second_level_bytes() // 2
-    scratch = _scratch(library.scratch_bytes(geometry, outputs, inputs, cached, threads))
+    scratch = _scratch(library.scratch_bytes(geometry, groups, outputs, inputs, cached, threads))
     library.run(
-        geometry, x.data_ptr(), weight.data_ptr(), *strides, None if bias is None else bias.data_ptr(),
-        *(part.data_ptr() for part in lists), y.data_ptr(), z.data_ptr(), outputs, inputs, cached, threads,
-        scratch.data_ptr(),
+        geometry, x.data_ptr(), weight.data_ptr(), *weight.stride(), None if bias is None else bias.data_ptr(),
+        *(part.data_ptr() for part in lists), y.data_ptr(), z.data_ptr(), groups, outputs, inputs, shared, cached,
+        threads, scratch.data_ptr(),
     )  # fmt: skip
 
 
 def wgrad(
-    geometry: Geometry, grad_z: Tensor, x: Tensor, weight: Tensor, strides: Strides, lists: BlockLists, probes: Tensor,
-    grad_weight: Tensor, signals: Tensor, block: Block,
+    geometry: Geometry, grad_z: Tensor, x: Tensor, weight: Tensor, lists: BlockLists, probes: Tensor,
+    grad_weight: Tensor, signals: Tensor, block: Block, groups: int = 1,
 ) -> None:  # fmt: skip
-    """Writes the gradient of a weight `[n, k, taps]`, contiguous, and signals `[2, R, C]`; `geometry` as for `rows`."""
+    """Writes the gradient of a weight `[groups * outputs, inputs, taps]`, contiguous, and signals `[2, R, C]`.
+
+    `geometry` is as for `rows`.
+    """
     library = _wgrad_library(block, x.dtype, weight.dtype, isa.current())
     n, k = grad_weight.shape[:2]
-    scratch = _scratch(library.scratch_bytes(geometry, n, k, probes.numel(), _PACKED_BYTES))
+    cached = _second_level_bytes() // 2
+    scratch = _scratch(library.scratch_bytes(geometry, groups, n, k, probes.numel(), _PACKED_BYTES, cached))
     library.run(
-        geometry, grad_z.data_ptr(), x.data_ptr(), weight.data_ptr(), *strides, lists.crow_indices.data_ptr(),
+        geometry, grad_z.data_ptr(), x.data_ptr(), weight.data_ptr(), *weight.stride(), lists.crow_indices.data_ptr(),
         lists.col_indices.data_ptr(), probes.data_ptr(), probes.numel(), grad_weight.data_ptr(), signals.data_ptr(),
-        n, k, _PACKED_BYTES, torch.get_num_threads(), scratch.data_ptr(),
+        groups, n, k, _PACKED_BYTES, cached, torch.get_num_threads(), scratch.data_ptr(),
     )  # fmt: skip
 
 
@@ -94,14 +101,14 @@ def _rows_library(
 ) -> ctypes.CDLL:
     source = cpp_rows.source(target, *block, x_dtype, weight_dtype, activation)
     library = build.load(_name(f"rows_{activation}", block, x_dtype, weight_dtype, target), source, target.flags)
-    return _declare(library, "p p p l l l p p p p p p l l l i p", "p l l l i")
+    return _declare(library, "p p p l l l p p p p p p l l l i l i p", "p l l l l i")
 
 
 @functools.cache
 def _wgrad_library(block: Block, x_dtype: torch.dtype, weight_dtype: torch.dtype, target: isa.Isa) -> ctypes.CDLL:
     source = cpp_wgrad.source(target, block, x_dtype, weight_dtype)
     library = build.load(_name("wgrad", block, x_dtype, weight_dtype, target), source, target.flags)
-    return _declare(library, "p p p p l l l p p p l p p l l l i p", "p l l l l")
+    return _declare(library, "p p p p l l l p p p l p p l l l l l i p", "p l l l l l l")
 
 
 def _name(role: str, block: Block, x_dtype: torch.dtype, weight_dtype: torch.dtype, target: isa.Isa) -> str:

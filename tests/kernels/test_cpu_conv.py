@@ -33,6 +33,13 @@ SHAPES = {
     "one channel": ((2, 1, 11, 9), 33, (5, 3), Window((1, 2), ((2, 2), (0, 1)), (1, 1)), (8, 24)),
     "dilation": ((2, 48, 11, 9), 40, (3, 2), Window((1, 1), ((2, 2), (1, 0)), (2, 3)), (8, 24)),
     "two groups": ((2, 64, 6, 6), 96, (3, 3), Window((1, 1), ((1, 1), (1, 1)), (1, 1), 2), (16, 16)),
+    "groups that end in a partial block": (
+        (2, 120, 7, 6),
+        96,
+        (3, 3),
+        Window((2, 2), ((1, 1), (1, 1)), (1, 1), 3),
+        (16, 16),
+    ),
     "lines longer than a tile": ((2, 40, 1500), 40, (5,), Window((1,), ((2, 2),), (1,)), (16, 16)),
     "volumes": ((2, 24, 5, 4, 6), 24, (3, 2, 3), Window((1, 2, 1), ((1, 1), (0, 1), (1, 1)), (1, 1, 2)), (16, 16)),
     "a single pixel": ((1, 64, 1, 1), 64, (3, 3), Window((1, 1), ((1, 1), (1, 1)), (1, 1)), (16, 16)),
@@ -75,7 +82,7 @@ def test_every_instruction_set_computes_the_same(target, monkeypatch):
 
 
 @pytest.mark.parametrize("threads", [1, 2, 5])
-@pytest.mark.parametrize("name", ["3x3", "lines longer than a tile", "a single pixel"])
+@pytest.mark.parametrize("name", ["3x3", "stride 2", "two groups", "lines longer than a tile", "a single pixel"])
 def test_pixels_are_shared_out_completely(threads, name):
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
@@ -85,7 +92,7 @@ def test_pixels_are_shared_out_completely(threads, name):
         torch.set_num_threads(before)
 
 
-@pytest.mark.parametrize("name", ["3x3", "stride 2", "volumes"])
+@pytest.mark.parametrize("name", ["3x3", "stride 2", "volumes", "groups that end in a partial block"])
 def test_small_tiles_add_up(name, monkeypatch):
     monkeypatch.setattr(cpu_product, "_PACKED_BYTES", 0)
     monkeypatch.setattr(cpu_product, "_second_level_bytes", lambda: 0)
@@ -94,7 +101,7 @@ def test_small_tiles_add_up(name, monkeypatch):
     ConvProblem.random((40, channels, *size), outputs, *rest, 0.5, FLOAT).on(cpu_conv).check()
 
 
-@pytest.mark.parametrize("name", ["3x3", "two groups"])
+@pytest.mark.parametrize("name", ["3x3", "stride 2", "groups that end in a partial block"])
 @pytest.mark.parametrize("mask", ["empty row", "empty column", "all masked"])
 def test_where_nothing_is_active_the_result_is_that_of_a_zero_weight(name, mask):
     problem = problem_of(name, density=1.0)
@@ -107,7 +114,7 @@ def test_where_nothing_is_active_the_result_is_that_of_a_zero_weight(name, mask)
     problem.check("gelu")
 
 
-@pytest.mark.parametrize("name", ["3x3", "dilation", "volumes", "two groups"])
+@pytest.mark.parametrize("name", ["3x3", "dilation", "volumes", "stride 2", "two groups"])
 def test_a_weight_may_be_channels_last_and_activations_need_not_be(name):
     problem = problem_of(name)
     problem.weight = channels_last(problem.weight)
