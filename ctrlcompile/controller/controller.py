@@ -292,9 +292,10 @@ class Controller:
                 step=self.steps,
                 ask=self._feedback.ask(wanted),
                 dwell=self._dwell,
-                swap=swap_limit(self.steps, self.total_steps),
+                swap=swap_limit(self.steps, self.interval, self.total_steps),
                 least=floor,
                 held=~self._signals.reported().cpu()[self._layout.gate_of],
+                saturating=torch.tensor([gate.normalised for gate in self._list])[self._layout.gate_of],
             )
             returned, dropped = self._act(decision)
         self._plan_probes(take, wanted)
@@ -335,7 +336,7 @@ class Controller:
         return returned, int(sum(counts[0])) - returned
 
     def _plan_probes(self, steps: int, wanted: float) -> None:
-        if swap_limit(self.steps, self.total_steps) == 0:  # nothing comes back any more
+        if swap_limit(self.steps, self.interval, self.total_steps) == 0:  # nothing comes back any more
             self._probing = []
             return
         ledger, sizes = self._ledger, self._layout.lengths.tolist()

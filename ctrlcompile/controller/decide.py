@@ -3,6 +3,16 @@
 A block is worth its cost while benefit ≥ price · cost. An inactive block has to be worth (1 + h) times that, and more
 after each earlier return, so that blocks do not chatter; a block that was switched stays as it is for a dwell time,
 which is also what a returned block, whose weights start at zero, has to prove itself in.
+
+An inactive block is expected to be worth what is typical, so next to the least of the active ones it looks good, but
+those are trained, and it has to learn first. What comes back in exchange is therefore bounded per optimizer step:
+small nets that changed half of their blocks every hundred steps learned less than with random masks left alone.
+
+Before a batch norm Σ w·g over a row is 0 whatever the row is worth, and a gate that thins out is not rated higher for
+it, so that gates would be emptied one after another (the layer collapse of Tanaka et al., "Pruning Neural Networks
+without Any Data by Iteratively Conserving Synaptic Flow", 2020). There a block's benefit is divided by the share of its
+gate's blocks that are rated as high or higher: what a gate is worth grows as the logarithm of its density, and gates
+whose blocks are all alike get densities in proportion to the benefit per cost of a block.
 """
 
 from __future__ import annotations
@@ -16,7 +26,7 @@ from torch import Tensor
 from .signals import Layout
 
 HYSTERESIS = 0.5  # h
-SWAP = 0.02  # of the active cost, the most that a decision brings back in exchange
+LIFE = 2500  # optimizer steps in which no more than the active cost comes back in exchange for what is switched off
 SWAP_ENDS = 0.75  # of the run: what comes back later has no time to become useful
 NEVER = -(2**30)
 
@@ -64,11 +74,11 @@ class Decision:
     density: float
 
 
-def swap_limit(step: int, total_steps: int | None) -> float:
+def swap_limit(step: int, interval: int, total_steps: int | None) -> float:
     """Share of the active cost that a decision may bring back in exchange; falls as a cosine to 0 at SWAP_ENDS."""
     if total_steps is None:
-        return SWAP / 2
-    return SWAP * (1 + math.cos(math.pi * min(1.0, step / (SWAP_ENDS * total_steps)))) / 2
+        return interval / LIFE / 2
+    return interval / LIFE * (1 + math.cos(math.pi * min(1.0, step / (SWAP_ENDS * total_steps)))) / 2
 
 
 def decide(
@@ -83,6 +93,7 @@ def decide(
     swap: float,
     least: Tensor,
     held: Tensor,
+    saturating: Tensor,
 ) -> Decision:
     """Picks the blocks that are worth most per cost until they cost `ask`.
 
@@ -95,11 +106,13 @@ def decide(
             wanted cost has risen is not limited.
         least: int64 [G], blocks that each gate keeps at least.
         held: bool [N], blocks that stay as they are (their gate has not reported).
+        saturating: bool [N], blocks of gates that a batch norm follows.
     """
     active = blocks.active
     resting = (step - blocks.switched < dwell) | held
     worth = benefit / cost.float().clamp(min=1e-30)
     worth = torch.where(active, worth, torch.where(resting | (benefit <= 0), -1.0, worth / blocks.bar))
+    worth = torch.where(saturating & (worth > 0), worth / _share(worth, layout), worth)
     worth, order = worth.sort(descending=True, stable=True)
     active, cost = active[order], cost[order]
 
@@ -126,6 +139,14 @@ def _take(eligible: Tensor, protected: Tensor, cost: Tensor, ask: float) -> Tens
     free = eligible & ~protected
     before = (cost * free).cumsum(0) - cost + (cost * protected).sum()
     return protected | (free & (before < ask - 1e-9))
+
+
+def _share(worth: Tensor, layout: Layout) -> Tensor:
+    """Share [N] of the blocks of its gate that are worth as much as a block or more."""
+    order = worth.argsort(descending=True, stable=True)
+    rank = torch.empty_like(order)
+    rank[order] = _rank(torch.ones_like(order, dtype=torch.bool), layout.gate_of[order])
+    return (rank + 1) / layout.lengths[layout.gate_of]
 
 
 def _rank(active: Tensor, gate: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ctrlcompile.controller.decide import HYSTERESIS, Blocks, decide, swap_limit
+from ctrlcompile.controller.decide import HYSTERESIS, LIFE, Blocks, decide, swap_limit
 from ctrlcompile.controller.probes import RATE, Rotation
 from ctrlcompile.controller.signals import Layout
 
@@ -21,10 +21,21 @@ N = LAYOUT.gate_of.numel()
 COST = LAYOUT.area * torch.tensor([0.6, 0.4], dtype=torch.float64)[LAYOUT.gate_of]
 
 
-def choose(blocks, benefit, ask, *, step=1000, dwell=50, swap=0.02, least=0, held=None):
-    held = torch.zeros(N, dtype=torch.bool) if held is None else held
-    counts = torch.full((2,), least)
-    return decide(blocks, benefit, COST, LAYOUT, step=step, ask=ask, dwell=dwell, swap=swap, least=counts, held=held)
+def choose(blocks, benefit, ask, *, step=1000, dwell=50, swap=0.02, least=0, held=None, saturating=None):
+    none = torch.zeros(N, dtype=torch.bool)
+    return decide(
+        blocks,
+        benefit,
+        COST,
+        LAYOUT,
+        step=step,
+        ask=ask,
+        dwell=dwell,
+        swap=swap,
+        least=torch.full((2,), least),
+        held=none if held is None else held,
+        saturating=none if saturating is None else saturating,
+    )
 
 
 @settings(deadline=None, max_examples=25)
@@ -109,11 +120,37 @@ def test_held_blocks_stay_as_they_are():
     assert torch.equal(decision.active[held], blocks.active[held])
 
 
-def test_exchange_ends_before_the_run_does():
-    limits = [swap_limit(step, 1000) for step in range(0, 1001, 50)]
+@pytest.mark.parametrize("saturates", [True, False])
+def test_gates_that_saturate_have_densities_in_proportion_to_benefit_per_cost(saturates):
+    per_cost = torch.tensor([2.0, 1.0])[LAYOUT.gate_of]
+    jitter = 1 + 1e-3 * torch.rand(N)
+    whole = Blocks.of(torch.ones(N, dtype=torch.bool))
+    decision = choose(whole, COST.float() * per_cost * jitter, 0.4, saturating=torch.full((N,), saturates))
+    first, second = (decision.active[LAYOUT.gate_of == gate].float().mean() for gate in (0, 1))
+    if saturates:
+        assert first / second == pytest.approx(2, rel=0.1)
+    else:
+        assert (first, second) == (pytest.approx(0.4 / 0.6, abs=0.02), 0)
+    assert decision.density == pytest.approx(0.4, abs=float(COST.max()))
+
+
+def test_within_a_gate_that_saturates_the_best_blocks_are_kept():
+    benefit = torch.rand(N) * COST.float()
+    decision = choose(Blocks.of(torch.ones(N, dtype=torch.bool)), benefit, 0.5, saturating=LAYOUT.gate_of == 0)
+    for gate in (0, 1):
+        worth, kept = (benefit / COST)[LAYOUT.gate_of == gate], decision.active[LAYOUT.gate_of == gate]
+        assert worth[kept].min() >= worth[~kept].max()
+
+
+@pytest.mark.parametrize("steps", [300, 1000, 20_000])
+def test_exchange_ends_before_the_run_does_and_leaves_blocks_time_to_learn(steps):
+    interval = min(50, max(5, steps // 100))
+    limits = [swap_limit(step, interval, steps) for step in range(0, steps + 1, interval)]
     assert limits == sorted(limits, reverse=True)
     assert limits[0] > 0
-    assert limits[15:] == [pytest.approx(0, abs=1e-12)] * 6
+    assert max(limits[round(0.76 * len(limits)) :]) == pytest.approx(0, abs=1e-12)
+    assert max(limits) <= interval / LIFE
+    assert sum(limits) == pytest.approx(0.75 * steps / LIFE / 2, rel=0.05)
 
 
 def test_every_inactive_block_is_probed_once_before_any_is_probed_twice():
