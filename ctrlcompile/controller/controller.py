@@ -336,7 +336,8 @@ class Controller:
         return returned, int(sum(counts[0])) - returned
 
     def _plan_probes(self, steps: int, wanted: float) -> None:
-        if swap_limit(self.steps, self.interval, self.total_steps) == 0:  # nothing comes back any more
+        unspent = max(0.0, wanted - self._density)
+        if swap_limit(self.steps, self.interval, self.total_steps) == 0 == unspent:  # nothing comes back any more
             self._probing = []
             return
         ledger, sizes = self._ledger, self._layout.lengths.tolist()
@@ -346,7 +347,7 @@ class Controller:
             [g / ledger.gated / size for g, size in zip(ledger.average_gated, sizes, strict=True)],
             self._layout,
             steps=steps,
-            afford=SPEND * (ledger.average_fixed / ledger.gated + max(0.0, wanted)),
+            afford=SPEND * (ledger.average_fixed / ledger.gated + max(0.0, wanted)) + unspent,
             capacity=self._capacity,
         )
 

@@ -233,6 +233,16 @@ def test_blocks_switched_by_the_user_in_the_middle_of_a_run_do_no_harm():
     assert share(controller) == pytest.approx(0.4, rel=0.01)
 
 
+def test_what_a_thin_model_leaves_unspent_is_spent_on_finding_blocks_to_bring_back_however_late():
+    plant = Plant(SHAPES, seed=fresh_seed())
+    controller = Controller(plant.gates, plant.meter, 0.8, 400)
+    run(plant, controller, 320)
+    for gate in plant.gates.values():
+        gate.update_(torch.arange(gate.mask.numel()).view(gate.grid) % 2 == 0)
+    run(plant, controller, 80)
+    assert share(controller) == pytest.approx(0.8, rel=0.01)
+
+
 def test_driven_by_a_hook_a_step_of_the_user_is_not_counted_twice():
     plant = Plant(SHAPES, seed=fresh_seed())
     controller = Controller(plant.gates, plant.meter, 0.4, 100, driven=True)
