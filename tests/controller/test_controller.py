@@ -105,6 +105,20 @@ def test_the_most_useful_blocks_are_the_ones_that_stay():
     assert (masks & best).sum() / best.sum() > 0.85
 
 
+@pytest.mark.parametrize("normalised", [True, False])
+def test_a_gate_before_a_batch_norm_is_not_emptied_for_the_others(normalised):
+    plant = Plant(SHAPES, spread=0.1, noise=0.2, seed=fresh_seed())
+    for gate in plant.gates.values():
+        gate.normalised = normalised
+    plant.useful[0] *= 0.3
+    run(plant, Controller(plant.gates, plant.meter, 0.4, 300), 300)
+    first, *others = (gate.density for gate in plant.gates.values())
+    if normalised:
+        assert 0.15 < first / max(others) < 0.6
+    else:
+        assert first < 0.1 * max(others)
+
+
 def test_every_gate_keeps_a_few_blocks_however_useless():
     plant = Plant(SHAPES, seed=fresh_seed())
     plant.useful[1] *= 1e-6
