@@ -80,8 +80,8 @@ def gpt(args: argparse.Namespace) -> Work:
 
 
 def resnet18(args: argparse.Namespace) -> Work:
-    channels, depth = train_cifar.MODELS["resnet18"]
-    shape = train_cifar.Shape(channels, depth, IMAGE, CLASSES)
+    channels, depth, pool = train_cifar.MODELS["resnet18"]
+    shape = train_cifar.Shape(channels, depth, IMAGE, CLASSES, pool)
 
     def make() -> tuple[torch.nn.Module, torch.optim.Optimizer]:
         model = train_cifar.ResNet(shape).to(args.device)

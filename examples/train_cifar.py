@@ -42,8 +42,13 @@ from images import Images, load
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
-# Channels of each stage, and residual blocks in a stage.
-MODELS = {"resnet8": ((32, 64, 128), 1), "resnet18": ((64, 128, 256, 512), 2)}
+# Channels of each stage, residual blocks in a stage, and by how much the stem shrinks the image. For the same FLOPs,
+# twice as wide on an image of half the size learns more in short training (docs/benchmarks.md).
+MODELS = {
+    "resnet8": ((32, 64, 128), 1, 1),
+    "wide-resnet8": ((64, 128, 256), 1, 2),
+    "resnet18": ((64, 128, 256, 512), 2, 1),
+}
 WORDING = Wording(
     script="train_cifar",
     size="channels",
@@ -62,6 +67,7 @@ class Shape:
     depth: int
     image: tuple[int, int, int]
     classes: int
+    pool: int = 1
 
     def __str__(self) -> str:
         return "-".join(map(str, self.channels))
@@ -88,7 +94,7 @@ class Block(nn.Module):
 class ResNet(nn.Module):
     """images [batch, channels, height, width] and labels [batch], int64 -> mean cross-entropy, labels smoothed.
 
-    The first stage keeps the size of the image, each further one halves it.
+    The first stage keeps the size that the stem leaves of the image, each further one halves it.
     """
 
     def __init__(self, shape: Shape) -> None:
@@ -97,6 +103,8 @@ class ResNet(nn.Module):
         self.stem = nn.Sequential(
             nn.Conv2d(shape.image[0], width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU()
         )
+        if shape.pool > 1:
+            self.stem.append(nn.MaxPool2d(shape.pool))
         blocks = []
         for stage, outer in enumerate(shape.channels):
             for number in range(shape.depth):
@@ -190,7 +198,7 @@ def arguments() -> tuple[argparse.Namespace, Images]:
     """The settings, checked, and the images to train on."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, help="CIFAR-10, a folder or an .npz; default: scikit-learn's digits")
-    parser.add_argument("--model", choices=MODELS, default="resnet8", help="default %(default)s")
+    parser.add_argument("--model", choices=MODELS, help="default resnet8 for digits, wide-resnet8 for CIFAR-10")
     parser.add_argument("--channels", type=stages, help="of each stage, instead of the model's, such as 32-64-128")
     parser.add_argument("--depth", type=int, help="residual blocks in a stage, instead of the model's")
     for name, default in {"batch": 64, "epochs": 3}.items():
@@ -198,7 +206,8 @@ def arguments() -> tuple[argparse.Namespace, Images]:
     parser.add_argument("--lr", type=float, default=0.1, help="peak learning rate of SGD, default %(default)s")
     add_options(parser)
     args = parser.parse_args()
-    channels, depth = MODELS[args.model]
+    args.model = args.model or ("resnet8" if args.data is None else "wide-resnet8")
+    channels, depth, args.pool = MODELS[args.model]
     args.channels, args.depth = args.channels or channels, depth if args.depth is None else args.depth
     check_options(parser, args, ("batch", "epochs", "depth"))
     try:
@@ -215,7 +224,7 @@ def arguments() -> tuple[argparse.Namespace, Images]:
 def main() -> None:
     args, data = arguments()
     height, width, channels = data.train.shape[1:]
-    wide = Shape(args.channels, args.depth, (channels, height, width), data.classes)
+    wide = Shape(args.channels, args.depth, (channels, height, width), data.classes, args.pool)
     shapes = {"ctrlprune": wide, "dense": wide, "narrow": narrower(wide, args.budget)}
     runs = [train(name, shapes[name], data, args) for name in (RUNS if args.compare else [args.run])]
     report(runs, training_flops(wide, args.batch) * len(runs[0].loss), args, WORDING)
