@@ -94,6 +94,16 @@ def zero_blocks_(tensor: Tensor, gone: Tensor, block: Block) -> None:
         tensor.masked_fill_(index_lists.expand(gone.to(tensor.device), block, tensor.shape), 0)
 
 
+def block_norms(tensor: Tensor, block: Block) -> Tensor:
+    """The norm of each block of a tensor `[out, in, *taps]`: float32 `[R, C]`, on its device."""
+    squares = tensor.float().square().flatten(2).sum(2) if tensor.dim() > 2 else tensor.float().square()
+    rows, columns = index_lists.grid_shape((tensor.shape[0], tensor.shape[1]), block)
+    missing = (0, columns * block[1] - tensor.shape[1], 0, rows * block[0] - tensor.shape[0])
+    if any(missing):
+        squares = torch.nn.functional.pad(squares, missing)
+    return squares.view(rows, block[0], columns, block[1]).sum((1, 3)).sqrt()
+
+
 def block_sides(total: int, side: int, count: int) -> Tensor:
     """The sides of `count` blocks along a dimension of `total` entries: all alike but the last."""
     sides = torch.full((count,), float(side))

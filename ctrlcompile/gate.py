@@ -20,6 +20,7 @@ from ctrlcompile import pictures
 from ctrlcompile.blocks import (
     Block,
     BlockChoice,
+    block_norms,
     block_sides,
     check_block,
     no_room,
@@ -196,6 +197,11 @@ class Gate:
     def active_share(self) -> float:
         """Active entries / all entries: the density by area, which is what the FLOPs follow."""
         return self.active_area / self._entries
+
+    @torch.no_grad()
+    def norms(self) -> Tensor:
+        """The norm of each block of the weight: float32 `[R, C]`, on the weight's device."""
+        return block_norms(self.weight, self.block)
 
     @property
     def probed_share(self) -> float:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .budget import Ledger
+from .decide import Exchange
 from .price import Feedback
 from .probes import Probes
 from .ramp import Ramp
@@ -17,7 +18,7 @@ from .ramp import Ramp
 if TYPE_CHECKING:
     from .controller import Controller
 
-VERSION = 1
+VERSION = 2
 NUMBERS = ("steps", "price", "settled", "reactivations", "history", "_next", "_planned", "_since", "_density")
 
 
@@ -31,6 +32,7 @@ def save(controller: Controller) -> dict[str, Any]:
         "ledger": copy.deepcopy(vars(c._ledger)),
         "ramp": dict(vars(c._ramp)),
         "feedback": dict(vars(c._feedback)),
+        "exchange": dict(vars(c._exchange)),
         "cursor": list(c._rotation.cursor),
         "credit": list(c._rotation.credit),
         "probes": [c._probes.ids.clone(), list(c._probes.counts)],
@@ -56,11 +58,12 @@ def load(controller: Controller, state: Mapping[str, Any]) -> None:
     c._ledger = Ledger(**copy.deepcopy(dict(state["ledger"])))
     c._ramp = Ramp(**state["ramp"])
     c._feedback = Feedback(**state["feedback"])
+    c._exchange = Exchange(**state["exchange"])
     c._rotation.cursor, c._rotation.credit = list(state["cursor"]), list(state["credit"])
     c._probing = [
         Probes(ids.to(masks.device, copy=True), list(counts)) for ids, counts in (state["probes"], *state["probing"])
     ]
-    c._lattice.load(state.get("coupling", ()))  # which earlier releases did not know
+    c._lattice.load(state["coupling"])
     c._inbox.collect()
     c._probe(every=True)
     c._left_at = c._densities()
@@ -93,7 +96,8 @@ def _tensors(c: Controller) -> dict[str, Tensor]:
 def _check(c: Controller, state: Mapping[str, Any]) -> None:
     """Raises ValueError, in the words of who passed `state`, unless it is a checkpoint of this run."""
     mine = identity(c)
-    expected = {*mine, "numbers", "ledger", "ramp", "feedback", "cursor", "credit", "probes", "probing", "tensors"}
+    parts = "numbers ledger ramp feedback exchange cursor credit probes probing tensors coupling"
+    expected = {*mine, *parts.split()}
     if missing := expected - state.keys():
         raise ValueError(
             f"state: no state_dict of a Controller, {', '.join(sorted(missing))} missing; nothing was changed. "
@@ -129,5 +133,5 @@ def _check(c: Controller, state: Mapping[str, Any]) -> None:
         saved = state["tensors"].get(name)
         if saved is None or saved.shape != tensor.shape or saved.dtype != tensor.dtype:
             raise ValueError(f"state: tensor {name!r} is damaged or missing; nothing was changed")
-    if not c._lattice.fits(state.get("coupling", ())):
+    if not c._lattice.fits(state["coupling"]):
         raise ValueError("state: 'coupling' is damaged; nothing was changed")

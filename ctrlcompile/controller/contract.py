@@ -60,6 +60,7 @@ class Gate(Protocol):
     def signals(self) -> Tensor: ...  # float32 [2, R, C]; its .grad receives sum(w·g) and sum(g²) of each block
     @property
     def block_area(self) -> Tensor: ...  # float32 [R, C], weight entries in each block; on the CPU
+    def norms(self) -> Tensor: ...  # float32 [R, C], the norm of each block of the weight; on the weight's device
     def update_(self, mask: Tensor) -> None: ...
     def probe_(self, block_ids: Tensor) -> None: ...
 

@@ -16,12 +16,13 @@ from . import checkpoint
 from .budget import Budget, BudgetError, Ledger
 from .contract import Gate, Log, StepCost
 from .coupling import Lattice
-from .decide import Blocks, Decision, decide, swap_limit
+from .decide import Blocks, Decision, Exchange, decide, swap_limit
 from .host import on_cpu
+from .layout import Layout
 from .price import Feedback
 from .probes import SPEND, Probes, Rotation
 from .ramp import OPEN_ENDED, Ramp
-from .signals import Inbox, Layout, Signals
+from .signals import Inbox, Signals, presumed_ratio
 
 log = logging.getLogger(__name__)
 
@@ -115,6 +116,7 @@ class Controller:
         self._density = float(self._cost()[self._blocks.active].sum())
         self._ramp = Ramp(level=self._density)
         self._feedback = Feedback()
+        self._exchange = Exchange()
         self._rotation = Rotation.of(self._layout)
         self._probes = Probes.none(self._layout)  # of the coming step
         self._probing: list[Probes] = []  # of those after it
@@ -244,7 +246,7 @@ class Controller:
     def _decide(self, left: int | None) -> None:
         ledger, ramp = self._ledger, self._ramp
         active = self._sent(self._blocks.active)
-        self._signals.fold(active, self._heard)
+        self._signals.fold(active, self._heard, presumed_ratio(self._list))
         masks, cost = self._masks(), self._cost()
         if not torch.equal(masks, self._blocks.active):
             self._signals.forget_(self._sent(masks ^ self._blocks.active))
@@ -255,6 +257,7 @@ class Controller:
             ledger.forgive()
         allowed = ledger.allowed(self.budget, left or OPEN_ENDED)
         floor = self._floor()
+        saturating = torch.tensor([gate.normalised for gate in self._list])[self._layout.gate_of]
         worth = self._signals.benefit(active, self._heard).cpu()
         worth = self._lattice.weigh(worth, self._blocks.active, cost)
 
@@ -270,6 +273,7 @@ class Controller:
             total_steps=self.total_steps,
             first=self._slow,
             least=ledger.gated_at(self._lowest(floor)) / ledger.gated,
+            normalised=float(cost[saturating].sum()),
         )
         self._next = self.steps + take
         if before[0] < 0 <= ramp.started:
@@ -284,6 +288,7 @@ class Controller:
 
         returned = dropped = 0
         if ramp.started >= 0:
+            share = swap_limit(self.steps, self.interval, self.total_steps)
             decision = decide(
                 self._blocks,
                 worth,
@@ -292,10 +297,10 @@ class Controller:
                 step=self.steps,
                 ask=self._feedback.ask(wanted),
                 dwell=self._dwell,
-                swap=swap_limit(self.steps, self.interval, self.total_steps),
+                swap=self._exchange.grant(share * wanted, float(cost.max())),
                 least=floor,
                 held=~self._signals.reported().cpu()[self._layout.gate_of],
-                saturating=torch.tensor([gate.normalised for gate in self._list])[self._layout.gate_of],
+                saturating=saturating,
             )
             returned, dropped = self._act(decision)
         self._plan_probes(take, wanted)
@@ -329,6 +334,7 @@ class Controller:
             if count:
                 gate.update_(mask.view(gate.grid))
         blocks.switch_(decision.active, self.steps)
+        self._exchange.spend(decision.exchanged)
         self._signals.forget_(self._sent(changed))
         self.price, self._density = decision.price, decision.density
         returned = int(sum(counts[1]))
@@ -336,7 +342,9 @@ class Controller:
         return returned, int(sum(counts[0])) - returned
 
     def _plan_probes(self, steps: int, wanted: float) -> None:
-        unspent = max(0.0, wanted - self._density)
+        unspent = wanted - self._density
+        if unspent < float(self._cost().min()):  # not enough for a block
+            unspent = 0.0
         if swap_limit(self.steps, self.interval, self.total_steps) == 0 == unspent:  # nothing comes back any more
             self._probing = []
             return

@@ -34,6 +34,7 @@ import torch
 from torch import Tensor
 
 from .contract import Gate
+from .layout import Layout
 
 OTHER = -1
 TINY = torch.finfo(torch.float64).tiny
@@ -128,11 +129,8 @@ class Lattice:
     def __init__(self, gates: Sequence[Gate]) -> None:
         self._gates = list(gates)
         self._rows, self._columns = (tuple(gate.grid[side] for gate in gates) for side in (0, 1))
-        rows = torch.arange(sum(self._rows)).split(self._rows)
-        columns = torch.arange(sum(self._columns)).split(self._columns)
-        grids = list(zip(rows, columns, strict=True))
-        self._row_of = torch.cat([row.repeat_interleave(column.numel()) for row, column in grids])
-        self._column_of = torch.cat([column.repeat(row.numel()) for row, column in grids])
+        layout = Layout.of(gates)
+        self._row_of, self._column_of = layout.row_of, layout.column_of
         self._known: set[Coupled] = set()
         self.coupling: Coupling | None = None
         self.trusted = True

@@ -1,4 +1,4 @@
-"""Which blocks to keep, to switch off and to bring back; and which inactive ones to look at next.
+"""Which blocks to keep, to switch off and to bring back.
 
 A block is worth its cost while benefit ≥ price · cost. An inactive block has to be worth (1 + h) times that, and more
 after each earlier return, so that blocks do not chatter; a block that was switched stays as it is for a dwell time,
@@ -6,13 +6,8 @@ which is also what a returned block, whose weights start at zero, has to prove i
 
 An inactive block is expected to be worth what is typical, so next to the least of the active ones it looks good, but
 those are trained, and it has to learn first. What comes back in exchange is therefore bounded per optimizer step:
-small nets that changed half of their blocks every hundred steps learned less than with random masks left alone.
-
-Before a batch norm Σ w·g over a row is 0 whatever the row is worth, and a gate that thins out is not rated higher for
-it, so that gates would be emptied one after another (the layer collapse of Tanaka et al., "Pruning Neural Networks
-without Any Data by Iteratively Conserving Synaptic Flow", 2020). There a block's benefit is divided by the share of its
-gate's blocks that are rated as high or higher: what a gate is worth grows as the logarithm of its density, and gates
-whose blocks are all alike get densities in proportion to the benefit per cost of a block.
+small nets that changed half of their blocks every hundred steps learned less than with random masks left alone. The
+bound holds for nets of few blocks too: what a decision may exchange is saved up until it pays for a whole block.
 """
 
 from __future__ import annotations
@@ -23,12 +18,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .signals import Layout
+from .layout import Layout
+from .rating import rank_within, rate
 
 HYSTERESIS = 0.5  # h
 LIFE = 2500  # optimizer steps in which no more than the active cost comes back in exchange for what is switched off
 SWAP_ENDS = 0.75  # of the run: what comes back later has no time to become useful
 NEVER = -(2**30)
+ROUNDING = 1e-9  # of sums of costs
 
 
 @dataclass
@@ -67,11 +64,33 @@ class Decision:
         active: bool [N].
         price: benefit per share of the gateable FLOPs at which the marginal block was kept.
         density: active share of the gateable FLOPs.
+        exchanged: cost of what came back beyond the rise of the wanted cost.
     """
 
     active: Tensor
     price: float
     density: float
+    exchanged: float
+
+
+@dataclass
+class Exchange:
+    """What may come back in exchange for blocks switched off.
+
+    Attributes:
+        saved: share of the gateable FLOPs, saved up by past decisions; never more than the costliest block.
+    """
+
+    saved: float = 0.0
+
+    def grant(self, share: float, costliest: float) -> float:
+        """What a decision may exchange: `share` more than was saved. Without a share nothing is exchanged."""
+        self.saved = min(self.saved + share, max(share, costliest)) if share > 0 else 0.0
+        return self.saved
+
+    def spend(self, exchanged: float) -> None:
+        """Takes off what a decision has exchanged."""
+        self.saved = max(0.0, self.saved - exchanged)
 
 
 def swap_limit(step: int, interval: int, total_steps: int | None) -> float:
@@ -100,10 +119,11 @@ def decide(
     Args:
         benefit: float32 [N], units of the loss.
         cost: float64 [N], shares of the gateable FLOPs; sums to 1.
-        ask: wanted cost of the active blocks, 0 to 1. It is reached from above: the marginal block is kept.
+        ask: wanted cost of the active blocks, 0 to 1. It is reached from above: the marginal block is kept if active.
+            An inactive block comes only where all of it fits, so that an `ask` that wavers by less changes nothing.
         dwell: steps that a switched block stays as it is.
-        swap: share of `ask` that may come back in exchange for blocks switched off. What comes back because the
-            wanted cost has risen is not limited.
+        swap: cost that may come back in exchange for blocks switched off. What comes back because the wanted cost has
+            risen is not limited.
         least: int64 [G], blocks that each gate keeps at least.
         held: bool [N], blocks that stay as they are (their gate has not reported).
         saturating: bool [N], blocks of gates that a batch norm follows.
@@ -111,50 +131,32 @@ def decide(
     active = blocks.active
     resting = (step - blocks.switched < dwell) | held
     worth = benefit / cost.float().clamp(min=1e-30)
-    worth = torch.where(active, worth, torch.where(resting | (benefit <= 0), -1.0, worth / blocks.bar))
-    worth = torch.where(saturating & (worth > 0), worth / _share(worth, layout), worth)
-    worth, order = worth.sort(descending=True, stable=True)
-    active, cost = active[order], cost[order]
+    worth = torch.where(active | ~resting & (benefit > 0), worth, -1.0)
+    worth, order = rate(worth, active, blocks.bar, layout, saturating).sort(descending=True, stable=True)
+    active, cost, gate = active[order], cost[order], layout.gate_of[order]
 
     candidate = ~active & (worth > 0)
-    offered = (cost * candidate).cumsum(0) - cost
+    offered = (cost * candidate).cumsum(0)
     rise = max(0.0, ask - float((cost * active).sum()))
-    eligible = active | (candidate & (offered < swap * ask + rise))
+    eligible = active | (candidate & (offered <= swap + rise + ROUNDING))
     protected = active & resting[order]
-    kept = _take(eligible, protected, cost, ask)
-    gate = layout.gate_of[order]
+    kept = _take(eligible, protected, active, cost, ask)
     if bool((torch.bincount(gate[kept], minlength=least.numel()) < least).any()):
-        protected |= active & (_rank(active, gate) < least[gate])
-        kept = _take(eligible, protected, cost, ask)
+        protected |= active & (rank_within(torch.where(active, gate, least.numel())) < least[gate])
+        kept = _take(eligible, protected, active, cost, ask)
 
     result = torch.zeros_like(active)
     result[order] = kept
     priced = worth[kept & ~protected]
     price = max(0.0, float(priced[-1])) if priced.numel() else 0.0
-    return Decision(result, price, float((cost * kept).sum()))
+    came = float((cost * (kept & ~active)).sum())
+    return Decision(result, price, float((cost * kept).sum()), max(0.0, came - rise))
 
 
-def _take(eligible: Tensor, protected: Tensor, cost: Tensor, ask: float) -> Tensor:
+def _take(eligible: Tensor, protected: Tensor, active: Tensor, cost: Tensor, ask: float) -> Tensor:
     """The protected blocks, and of the eligible ones the first, until they cost `ask`."""
+    fixed = (cost * protected).sum()
     free = eligible & ~protected
-    before = (cost * free).cumsum(0) - cost + (cost * protected).sum()
-    return protected | (free & (before < ask - 1e-9))
-
-
-def _share(worth: Tensor, layout: Layout) -> Tensor:
-    """Share [N] of the blocks of its gate that are worth as much as a block or more."""
-    order = worth.argsort(descending=True, stable=True)
-    rank = torch.empty_like(order)
-    rank[order] = _rank(torch.ones_like(order, dtype=torch.bool), layout.gate_of[order])
-    return (rank + 1) / layout.lengths[layout.gate_of]
-
-
-def _rank(active: Tensor, gate: Tensor) -> Tensor:
-    """Rank [N] of each active block among the active ones of its gate; blocks are listed best first."""
-    key = torch.where(active, gate, gate.max() + 1)
-    grouped = key.sort(stable=True)
-    starts = torch.bincount(key).cumsum(0)
-    starts = torch.cat((starts.new_zeros(1), starts))
-    rank = torch.empty_like(key)
-    rank[grouped.indices] = torch.arange(key.numel(), device=key.device) - starts[grouped.values]
-    return rank
+    free &= active | ((cost * free).cumsum(0) + fixed <= ask + ROUNDING)
+    before = (cost * free).cumsum(0) - cost + fixed
+    return protected | (free & (before < ask - ROUNDING))

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .signals import Layout
+from .layout import Layout
 
 RATE = 0.01  # of the inactive blocks, per step
 SPEND = 0.008  # of the step's FLOPs

@@ -7,6 +7,10 @@ typical of its gate is ‖g_B‖ · Σ|Σ w·g| / Σ‖g‖, the sums over the g
 the sum of the same step**: a norm seen a hundred steps ago is then still comparable, since what all blocks share (the
 batch, the learning phase, a loss scale) has cancelled.
 
+Before a batch norm the signed Σ w·g over a row is 0, whatever the row is worth, and so is that of the last block in it.
+There |Σ w·g| is not measured but presumed, as it would be were the gradient in no particular direction, which is what
+it looks like in blocks of dense layers: ‖w‖·‖g‖·√(2/πn), for n weights in a block.
+
 All blocks of all gates are one flat vector of N entries; each gate's `signals.grad` is a view into one buffer.
 Steps are added up as they come, on the device of the weights and without waiting for it: a few passes over N numbers.
 When a decision is due they are folded into averages, and the benefit of each block goes to the CPU.
@@ -14,6 +18,7 @@ When a decision is due they are folded into averages, and the benefit of each bl
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -21,44 +26,27 @@ import torch
 from torch import Tensor
 
 from .contract import Gate
+from .layout import Layout
 
 FAST, SLOW = 0, 1  # rows of the averages of |Σ w·g|: over a short and a long horizon
 PROBE = 0.3  # share of the newest probe in the average of a block's probes
 TINY = torch.finfo(torch.float32).tiny
 
 
-@dataclass
-class Layout:
-    """Where each gate's blocks lie in the flat vectors; on the CPU, where decisions are made, until `to` another."""
+def presumed_ratio(gates: Sequence[Gate]) -> Tensor | None:
+    """|Σ w·g| / ‖g‖ [N] of blocks before a batch norm, and NaN for others, on the device of the weights; None: no such.
 
-    offsets: list[int]  # length G + 1
-    lengths: Tensor  # int64 [G]
-    gate_of: Tensor  # int64 [N]
-    area: Tensor  # float64 [N], share of the gate's weight that a block holds
-
-    @classmethod
-    def of(cls, gates: Sequence[Gate]) -> Layout:
-        sizes = [gate.grid[0] * gate.grid[1] for gate in gates]
-        offsets = [0]
-        for size in sizes:
-            offsets.append(offsets[-1] + size)
-        lengths = torch.tensor(sizes)
-        gate_of = torch.repeat_interleave(torch.arange(len(gates)), lengths)
-        areas = [gate.block_area.to("cpu", torch.float64).flatten() for gate in gates]
-        return cls(offsets, lengths, gate_of, torch.cat([area / area.sum() for area in areas]))
-
-    def to(self, device: torch.device) -> Layout:
-        """The same layout for flat vectors on another device."""
-        return Layout(self.offsets, *(t.to(device) for t in (self.lengths, self.gate_of, self.area)))
-
-    def sums(self, values: Tensor) -> Tensor:
-        """Sums over each gate's blocks: [K, N] -> [K, G]. Deterministic, also on a GPU."""
-        lengths = self.lengths.expand(values.shape[0], -1)
-        return torch.segment_reduce(values, "sum", lengths=lengths, axis=1, unsafe=True)
-
-    def split(self, values: Tensor) -> Sequence[Tensor]:
-        """One view [n] per gate of a flat vector [N]."""
-        return [values[a:b] for a, b in zip(self.offsets, self.offsets[1:], strict=False)]
+    √(2/πn) is the mean |cos| of the angle between a fixed and a random direction in n dimensions, n large.
+    """
+    if not any(gate.normalised for gate in gates):
+        return None
+    ratios = [
+        gate.norms() * (2 / math.pi / gate.block_area).sqrt().to(gate.signals.device, non_blocking=True)
+        if gate.normalised
+        else torch.full(gate.grid, math.nan, device=gate.signals.device)
+        for gate in gates
+    ]
+    return torch.cat([ratio.flatten() for ratio in ratios])
 
 
 class Inbox:
@@ -145,9 +133,16 @@ class Signals:
         rate = PROBE * (valid & ran[layout.gate_of[probes]])
         self.probed[:, probes] += rate * (torch.stack((share, torch.ones_like(share))) - self.probed[:, probes])
 
-    def fold(self, active: Tensor, layout: Layout) -> None:
-        """Folds the steps since the last fold into the averages; they were made under the mask `active` [N]."""
+    def fold(self, active: Tensor, layout: Layout, presumed: Tensor | None = None) -> None:
+        """Folds the steps since the last fold into the averages.
+
+        Args:
+            active: bool [N], the mask under which they were made.
+            presumed: float32 [N], |Σ w·g| / ‖g‖ of blocks for which it is presumed; NaN where it is measured.
+        """
         shown = active.float()
+        if presumed is not None:
+            self.sums[0] = torch.where(presumed.isnan(), self.sums[0], presumed * self.sums[1])
         mean = self.sums * (shown / self.steps.clamp(min=1)[layout.gate_of])
         rate = 1 - self.keep**self.steps  # [2, G]: as many steps as there were, each with their mean
         per_block = rate[:, layout.gate_of]

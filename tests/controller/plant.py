@@ -64,6 +64,11 @@ class FakeGate:
         self.probes[: block_ids.numel()] = block_ids.to(torch.int32)
         self.probed_area = float(self.block_area.flatten()[block_ids.long()].sum() / self.block_area.sum())
 
+    def norms(self) -> Tensor:
+        """As if all weights were 1, where there are none."""
+        weight = torch.ones(self.shape) if self.weight is None else self.weight.detach()
+        return self.blockwise(weight.square() * self.entries()).sqrt()
+
     def probed(self) -> Tensor:
         """bool [R, C]."""
         probed = torch.zeros(self._mask.numel(), dtype=torch.bool)

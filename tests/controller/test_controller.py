@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ctrlcompile.controller import Budget, BudgetError, Controller, StepCost
+from ctrlcompile.controller import Budget, BudgetError, Controller, StepCost, decide
 
 from .plant import FakeGate, Net, Plant
 
@@ -165,7 +165,8 @@ def test_blocks_do_not_chatter_under_heavy_noise():
     assert switches.float().mean() < 1.5
 
 
-def test_blocks_come_back_when_the_task_turns_to_them():
+def test_blocks_come_back_when_the_task_turns_to_them(monkeypatch):
+    monkeypatch.setattr(decide, "LIFE", 250)
     net = Net([64, 128, 32], lr=0.005)
     controller = Controller(net.gates, net.meter, 0.3, 800)
     target = torch.randn(32, 64) / 5
