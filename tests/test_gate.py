@@ -46,6 +46,19 @@ def test_blocks_that_go_are_zero_at_once_and_others_are_untouched():
     assert torch.equal(linear.weight.grad[~gone], grad_before[~gone])
 
 
+@pytest.mark.parametrize("layer", [nn.Linear(40, 68), nn.Conv2d(40, 68, 3), nn.Conv1d(33, 19, 2)])
+def test_norms_are_those_of_the_blocks(layer):
+    (gate,) = cc.gates(layer, (8, 16)).values()
+    gate.update_(random_mask(gate.grid))
+    taken = torch.zeros(gate.grid, dtype=torch.float64)
+    squares = layer.weight.detach().double().square().reshape(*gate.shape, -1).sum(2)
+    for row, entries in enumerate(squares.split(8)):
+        for column, block in enumerate(entries.split(16, 1)):
+            taken[row, column] = block.sum().sqrt()
+    assert gate.norms().dtype == torch.float32
+    assert torch.allclose(gate.norms().double(), taken, rtol=1e-5)
+
+
 def test_a_mask_that_is_read_is_a_copy():
     _, gate = make_gate()
     gate.mask.zero_()

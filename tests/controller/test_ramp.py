@@ -6,17 +6,23 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ctrlcompile.controller.ramp import FLOOR, RAMP, WARM_UP, Ramp
+from ctrlcompile.controller.ramp import FLOOR, HASTE, RAMP, WARM_UP, Ramp
 
 
-def follow(total, average, settled=lambda step: 0.7, interval=5):
+def follow(total, average, settled=lambda step: 0.7, interval=5, normalised=0.0):
     """Uses what is planned; returns the path, a share per step."""
     ramp, path = Ramp(), []
     while len(path) < total:
         n = total - len(path)
         allowed = (average * total - sum(path)) / n
         share, take = ramp.plan(
-            len(path), interval, allowed, settled(len(path)), total_steps=total, first=max(10, 2 * interval)
+            len(path),
+            interval,
+            allowed,
+            settled(len(path)),
+            total_steps=total,
+            first=max(10, 2 * interval),
+            normalised=normalised,
         )
         assert 1 <= take <= max(1, min(interval, n))
         path += [share] * take
@@ -29,9 +35,12 @@ def follow(total, average, settled=lambda step: 0.7, interval=5):
     average=st.floats(0.05, 1),
     interval=st.integers(1, 50),
     settled=st.lists(st.floats(0, 1), min_size=10, max_size=10),
+    normalised=st.floats(0, 1),
 )
-def test_the_path_falls_from_dense_and_its_mean_is_what_the_budget_allows(total, average, interval, settled):
-    path = follow(total, average, lambda step: settled[step % 10], interval)
+def test_the_path_falls_from_dense_and_its_mean_is_what_the_budget_allows(
+    total, average, interval, settled, normalised
+):
+    path = follow(total, average, lambda step: settled[step % 10], interval, normalised)
     assert sum(path) / total == pytest.approx(average, rel=1e-6)
     assert all(later <= earlier + 1e-9 for earlier, later in itertools.pairwise(path))
     dense = path.count(1.0)
@@ -56,6 +65,14 @@ def test_the_ramp_is_longer_while_the_gradients_have_not_settled():
 
     assert 0.1 * 1000 < ramp_steps(1.0) <= RAMP[0] * 1000
     assert 1.5 * ramp_steps(1.0) < ramp_steps(0.0) <= RAMP[1] * 1000
+
+
+def test_before_batch_norms_the_start_is_hardly_dense_and_the_end_hardly_thinner_than_the_average():
+    path = follow(1000, 0.4, normalised=1.0)
+    assert path.count(1.0) <= (1 - HASTE) * WARM_UP[1] * 1000 + 1
+    assert path[-1] > 0.95 * 0.4
+    between = follow(1000, 0.4, normalised=0.5)
+    assert path.count(1.0) < between.count(1.0) < follow(1000, 0.4).count(1.0)
 
 
 def test_a_budget_of_one_has_no_ramp():

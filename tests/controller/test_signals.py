@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 
-from ctrlcompile.controller.signals import FAST, SLOW, Inbox, Layout, Signals
+from ctrlcompile.controller.layout import Layout
+from ctrlcompile.controller.signals import FAST, SLOW, Inbox, Signals, presumed_ratio
 
 from .plant import FakeGate
 
@@ -148,3 +149,27 @@ def test_two_averages_of_the_same_few_steps_do_not_count_as_settled():
     listener.hear(random_signals())
     cost = torch.full((46,), 1 / 46, dtype=torch.float64)
     assert listener.signals.settled(listener.active, cost, 0.4) < 0.1
+
+
+def test_what_is_presumed_before_a_batch_norm_is_the_mean_over_gradients_in_no_particular_direction():
+    gates = [FakeGate(name, (20, 26), (8, 8), torch.randn(20, 26)) for name in "ab"]
+    assert presumed_ratio(gates) is None
+    gates[1].normalised = True
+    ratio = presumed_ratio(gates).view(2, 3, 4)
+    assert ratio[0].isnan().all()
+    gradients = torch.randn(2000, 20, 26)
+    contributed = torch.stack([gates[1].blockwise(gates[1].weight * g).abs() for g in gradients]).mean(0)
+    norms = torch.stack([gates[1].blockwise(g * g).sqrt() for g in gradients]).mean(0)
+    assert torch.allclose(ratio[1], contributed / norms, rtol=0.15)
+
+
+def test_a_contribution_that_is_presumed_takes_the_place_of_the_measured_one():
+    listener = Listener()
+    arrived = random_signals()
+    presumed = torch.full((46,), math.nan)
+    presumed[25:] = 0.5
+    listener.hear(arrived.clone(), fold=False)
+    listener.signals.fold(listener.active, listener.layout, presumed)
+    benefit = listener.signals.contribution(SLOW)
+    assert torch.allclose(benefit[:25], arrived[0, :25].abs())
+    assert torch.allclose(benefit[25:], 0.5 * arrived[1, 25:].sqrt())
