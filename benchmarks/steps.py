@@ -2,7 +2,7 @@
 
     python benchmarks/steps.py                          # GPT, 6 layers, 768 wide, 8 sequences of 256, AdamW
     python benchmarks/steps.py --width 384 --json FILE
-    python benchmarks/steps.py --model resnet18         # 32 images of CIFAR's size, SGD
+    python benchmarks/steps.py --model resnet18         # 32 images of CIFAR's size, SGD; or another ResNet by name
     python benchmarks/steps.py --device cuda            # GPT-2's size, 16 sequences of 1024, bfloat16 autocast
 
 A step is forward, backward, the optimizer, and the gradients set to None; on a GPU it ends when the device has ended.
@@ -79,8 +79,8 @@ def gpt(args: argparse.Namespace) -> Work:
     return Work(f"GPT, {size}, AdamW", make, batch)
 
 
-def resnet18(args: argparse.Namespace) -> Work:
-    channels, depth, pool = train_cifar.MODELS["resnet18"]
+def resnet(args: argparse.Namespace) -> Work:
+    channels, depth, pool = train_cifar.MODELS[args.model]
     shape = train_cifar.Shape(channels, depth, IMAGE, CLASSES, pool)
 
     def make() -> tuple[torch.nn.Module, torch.optim.Optimizer]:
@@ -91,11 +91,11 @@ def resnet18(args: argparse.Namespace) -> Work:
         images = torch.randn(args.batch, *IMAGE, device=args.device)
         return images, torch.randint(CLASSES, (args.batch,), device=args.device)
 
-    title = f"ResNet-18, {args.batch} images of {IMAGE[1]} x {IMAGE[2]}, SGD"
+    title = f"{args.model}, {args.batch} images of {IMAGE[1]} x {IMAGE[2]}, SGD"
     return Work(title, make, batch, (torch.contiguous_format, torch.channels_last))
 
 
-WORKS = {"gpt": gpt, "resnet18": resnet18}
+WORKS = {"gpt": gpt} | dict.fromkeys(train_cifar.MODELS, resnet)
 
 
 class Contestant:
@@ -211,7 +211,7 @@ def _arguments() -> argparse.Namespace:
     args = parser.parse_args()
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: this PyTorch sees no GPU")
-    if args.model == "resnet18" and args.batch is None:
+    if args.model in train_cifar.MODELS and args.batch is None:
         args.batch = RESNET_BATCH[args.device]
     for name, size in SIZES[args.device].items():
         setattr(args, name, size if getattr(args, name) is None else getattr(args, name))

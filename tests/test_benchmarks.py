@@ -276,8 +276,8 @@ def test_convolutions_are_compared_role_by_role(scripts, stride, monkeypatch):
 
 def test_a_resnet_takes_steps_like_a_gpt(scripts, monkeypatch):
     steps = scripts["steps"]
-    args = argparse.Namespace(device="cpu", batch=2)
-    work = steps.resnet18(args)
+    args = argparse.Namespace(model="resnet8", device="cpu", batch=2)
+    work = steps.resnet(args)
     monkeypatch.setattr(torch, "compile", lambda model, **_: model)
     contestant = steps.Contestant(work, torch.device("cpu"), "ctrlprune", 0.5, layout=torch.channels_last)
     contestant.step(*work.batch())

@@ -28,7 +28,7 @@ def test_training_flops_are_six_per_weight_and_pixel_of_its_output_less_the_grad
 
 
 def test_resnet18_is_the_one_known_for_cifar() -> None:
-    channels, depth = train_cifar.MODELS["resnet18"]
+    channels, depth, _ = train_cifar.MODELS["resnet18"]
     with torch.device("meta"):
         model = train_cifar.ResNet(train_cifar.Shape(channels, depth, (3, 32, 32), 10))
     assert sum(parameter.numel() for parameter in model.parameters()) == 11_173_962
