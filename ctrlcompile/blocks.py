@@ -96,12 +96,12 @@ def zero_blocks_(tensor: Tensor, gone: Tensor, block: Block) -> None:
 
 def block_norms(tensor: Tensor, block: Block) -> Tensor:
     """The norm of each block of a tensor `[out, in, *taps]`: float32 `[R, C]`, on its device."""
-    squares = tensor.float().square().flatten(2).sum(2) if tensor.dim() > 2 else tensor.float().square()
     rows, columns = index_lists.grid_shape((tensor.shape[0], tensor.shape[1]), block)
-    missing = (0, columns * block[1] - tensor.shape[1], 0, rows * block[0] - tensor.shape[0])
-    if any(missing):
-        squares = torch.nn.functional.pad(squares, missing)
-    return squares.view(rows, block[0], columns, block[1]).sum((1, 3)).sqrt()
+    below, beside = rows * block[0] - tensor.shape[0], columns * block[1] - tensor.shape[1]
+    padding = [0, 0] * (tensor.dim() - 2) + [0, beside, 0, below]
+    padded = torch.nn.functional.pad(tensor, padding) if any(padding) else tensor
+    tiles = padded.unflatten(1, (columns, block[1])).unflatten(0, (rows, block[0]))
+    return torch.linalg.vector_norm(tiles, dim=(1, 3, *range(4, tiles.dim())), dtype=torch.float32)
 
 
 def block_sides(total: int, side: int, count: int) -> Tensor:

@@ -19,7 +19,18 @@ if TYPE_CHECKING:
     from .controller import Controller
 
 VERSION = 2
-NUMBERS = ("steps", "price", "settled", "reactivations", "history", "_next", "_planned", "_since", "_density")
+NUMBERS = (
+    "steps",
+    "price",
+    "settled",
+    "reactivations",
+    "history",
+    "_next",
+    "_decided",
+    "_planned",
+    "_since",
+    "_density",
+)
 
 
 def save(controller: Controller) -> dict[str, Any]:
@@ -96,17 +107,17 @@ def _tensors(c: Controller) -> dict[str, Tensor]:
 def _check(c: Controller, state: Mapping[str, Any]) -> None:
     """Raises ValueError, in the words of who passed `state`, unless it is a checkpoint of this run."""
     mine = identity(c)
+    if "version" in state and state["version"] != VERSION:
+        raise ValueError(
+            f"state: version {state['version']!r}; this release reads version {VERSION}; nothing was changed. "
+            f"Resume with the release that saved it, or start a new controller"
+        )
     parts = "numbers ledger ramp feedback exchange cursor credit probes probing tensors coupling"
     expected = {*mine, *parts.split()}
     if missing := expected - state.keys():
         raise ValueError(
             f"state: no state_dict of a Controller, {', '.join(sorted(missing))} missing; nothing was changed. "
             f"Pass what controller.state_dict() returned"
-        )
-    if state["version"] != VERSION:
-        raise ValueError(
-            f"state: version {state['version']!r}; this release reads version {VERSION}; nothing was changed. "
-            f"Resume with the release that saved it, or start a new controller"
         )
     theirs, ours = state["gates"], mine["gates"]
     if list(theirs) != list(ours):

@@ -22,7 +22,7 @@ from .layout import Layout
 from .price import Feedback
 from .probes import SPEND, Probes, Rotation
 from .ramp import OPEN_ENDED, Ramp
-from .signals import Inbox, Signals, presumed_ratio
+from .signals import Inbox, Signals
 
 log = logging.getLogger(__name__)
 
@@ -92,7 +92,7 @@ class Controller:
         self._device = self._list[0].signals.device
         self._heard = self._layout.to(self._device)  # the layout of what the signals are kept in
         self._inbox = Inbox(self._list, self._layout)
-        self._lattice = Lattice(self._list)
+        self._lattice = Lattice(self._list, self._layout)
         sizes = self._layout.lengths
         self._starts = sizes.cumsum(0) - sizes
         self._least = (sizes * min_density).ceil().long().clamp(min=1)
@@ -117,6 +117,7 @@ class Controller:
         self._ramp = Ramp(level=self._density)
         self._feedback = Feedback()
         self._exchange = Exchange()
+        self._decided = 0  # step of the last decision
         self._rotation = Rotation.of(self._layout)
         self._probes = Probes.none(self._layout)  # of the coming step
         self._probing: list[Probes] = []  # of those after it
@@ -210,7 +211,8 @@ class Controller:
         others = sum(flops * gate.density for gate, flops in cost.gated.items() if gate not in self._own)
         self._lattice.learn(cost.coupled)
         known = self._lattice.fingerprint
-        numbers = [known, known**2, cost.dense, cost.fixed + others, cost.used, *gated]
+        normalised = [float(gate.normalised) for gate in self._list]
+        numbers = [known, known**2, cost.dense, cost.fixed + others, cost.used, *gated, *normalised]
         arrived = self._inbox.collect()
         if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
             shared = torch.tensor(numbers, dtype=torch.float64, device=arrived.device)
@@ -218,7 +220,9 @@ class Controller:
             dist.all_reduce(shared)
             numbers = shared.tolist()
             self._lattice.trusted = numbers[0] ** 2 == dist.get_world_size() * numbers[1]  # all know the same
-        dense, fixed, used, *gated = numbers[2:]
+        dense, fixed, used, *rest = numbers[2:]
+        gated = rest[: len(self._list)]
+        self._lattice.normalised = torch.tensor(rest[len(self._list) :]) > 0  # by any replica's word
         ran = torch.tensor(gated) > 0
         self._signals.observe(arrived, self._sent(self._probes.ids), self._sent(ran), self._heard)
         if dense <= 0:
@@ -246,7 +250,7 @@ class Controller:
     def _decide(self, left: int | None) -> None:
         ledger, ramp = self._ledger, self._ramp
         active = self._sent(self._blocks.active)
-        self._signals.fold(active, self._heard, presumed_ratio(self._list))
+        self._signals.fold(active, self._heard, self._presumed())
         masks, cost = self._masks(), self._cost()
         if not torch.equal(masks, self._blocks.active):
             self._signals.forget_(self._sent(masks ^ self._blocks.active))
@@ -257,7 +261,7 @@ class Controller:
             ledger.forgive()
         allowed = ledger.allowed(self.budget, left or OPEN_ENDED)
         floor = self._floor()
-        saturating = torch.tensor([gate.normalised for gate in self._list])[self._layout.gate_of]
+        saturating = self._lattice.normalised[self._layout.gate_of]
         worth = self._signals.benefit(active, self._heard).cpu()
         worth = self._lattice.weigh(worth, self._blocks.active, cost)
 
@@ -288,7 +292,7 @@ class Controller:
 
         returned = dropped = 0
         if ramp.started >= 0:
-            share = swap_limit(self.steps, self.interval, self.total_steps)
+            may_come = swap_limit(self.steps, self.steps - self._decided, self.total_steps) * wanted
             decision = decide(
                 self._blocks,
                 worth,
@@ -297,13 +301,14 @@ class Controller:
                 step=self.steps,
                 ask=self._feedback.ask(wanted),
                 dwell=self._dwell,
-                swap=self._exchange.grant(share * wanted, float(cost.max())),
+                swap=self._exchange.grant(may_come, float(cost.max())),
                 least=floor,
                 held=~self._signals.reported().cpu()[self._layout.gate_of],
                 saturating=saturating,
             )
             returned, dropped = self._act(decision)
-        self._plan_probes(take, wanted)
+        self._decided = self.steps
+        self._plan_probes(take, wanted, cost)
         self._note(wanted, returned, dropped)
 
     def _note(self, wanted: float, returned: int, dropped: int) -> None:
@@ -341,9 +346,9 @@ class Controller:
         self.reactivations += returned
         return returned, int(sum(counts[0])) - returned
 
-    def _plan_probes(self, steps: int, wanted: float) -> None:
+    def _plan_probes(self, steps: int, wanted: float, cost: Tensor) -> None:
         unspent = wanted - self._density
-        if unspent < float(self._cost().min()):  # not enough for a block
+        if not bool((~self._blocks.active & (cost > 0) & (cost <= 2 * unspent)).any()):  # nothing that it would bring
             unspent = 0.0
         if swap_limit(self.steps, self.interval, self.total_steps) == 0 == unspent:  # nothing comes back any more
             self._probing = []
@@ -373,6 +378,21 @@ class Controller:
         return decided.to(self._device, non_blocking=True)
 
     # ---------------------------------------------------------------- flat views of the gates
+
+    def _presumed(self) -> Tensor | None:
+        """‖w‖/√n [N] of blocks before a batch norm, 0 of others; the same on all replicas. None: there are none."""
+        normalised = self._lattice.normalised
+        if not normalised.any():
+            return None
+        sizes = [
+            gate.norms().flatten() if known else torch.zeros(gate.mask.numel(), device=self._device)
+            for gate, known in zip(self._list, normalised.tolist(), strict=True)
+        ]
+        area = torch.cat([gate.block_area.flatten() for gate in self._list])
+        presumed = torch.cat(sizes) / self._sent(area.sqrt())
+        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+            dist.all_reduce(presumed)
+        return presumed
 
     def _floor(self) -> Tensor:
         """Blocks of each gate that stay at least: all where nobody trains the weight."""

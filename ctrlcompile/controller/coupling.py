@@ -119,20 +119,22 @@ class Lattice:
 
     Args:
         gates: in the order in which their blocks lie in flat vectors [N].
+        layout: of these.
 
     Attributes:
         coupling: what is known; None for nothing.
+        normalised: bool [G], gates before a batch norm.
         trusted: False while data-parallel replicas know different things: then nothing counts as known.
         fingerprint: of what is known, below 2**14, so that sums of squares over replicas are exact.
     """
 
-    def __init__(self, gates: Sequence[Gate]) -> None:
+    def __init__(self, gates: Sequence[Gate], layout: Layout) -> None:
         self._gates = list(gates)
         self._rows, self._columns = (tuple(gate.grid[side] for gate in gates) for side in (0, 1))
-        layout = Layout.of(gates)
         self._row_of, self._column_of = layout.row_of, layout.column_of
         self._known: set[Coupled] = set()
         self.coupling: Coupling | None = None
+        self.normalised = torch.tensor([gate.normalised for gate in gates])
         self.trusted = True
         self.fingerprint = 0
 
@@ -217,13 +219,12 @@ class Lattice:
 
     def _gone(self, active: Tensor) -> Tensor:
         """bool, per row: normalised, and without an active block in a column that is fed."""
-        normalised = torch.tensor([gate.normalised for gate in self._gates])
-        if not normalised.any():
+        if not self.normalised.any():
             return torch.zeros(sum(self._rows), dtype=torch.bool)
         rows, _ = self._living(active)
         if self.coupling is not None and self.trusted:
             rows, _ = self._living(active & ~self.coupling.feeds.cut_off(rows > 0)[self._column_of])
-        return (rows == 0) & normalised.repeat_interleave(torch.tensor(self._rows))
+        return (rows == 0) & self.normalised.repeat_interleave(torch.tensor(self._rows))
 
     def _living(self, active: Tensor) -> tuple[Tensor, Tensor]:
         """How many active blocks each row, each column has."""

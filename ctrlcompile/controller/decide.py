@@ -62,9 +62,9 @@ class Decision:
 
     Attributes:
         active: bool [N].
-        price: benefit per share of the gateable FLOPs at which the marginal block was kept.
+        price: benefit per share of the gateable FLOPs at which the marginal block was kept, as it was rated.
         density: active share of the gateable FLOPs.
-        exchanged: cost of what came back beyond the rise of the wanted cost.
+        exchanged: cost of what came back beyond what was missing to the cost asked for.
     """
 
     active: Tensor
@@ -78,7 +78,8 @@ class Exchange:
     """What may come back in exchange for blocks switched off.
 
     Attributes:
-        saved: share of the gateable FLOPs, saved up by past decisions; never more than the costliest block.
+        saved: share of the gateable FLOPs, saved up by past decisions: at most the costliest block, or one decision's
+            share where that is more.
     """
 
     saved: float = 0.0
@@ -93,11 +94,11 @@ class Exchange:
         self.saved = max(0.0, self.saved - exchanged)
 
 
-def swap_limit(step: int, interval: int, total_steps: int | None) -> float:
-    """Share of the active cost that a decision may bring back in exchange; falls as a cosine to 0 at SWAP_ENDS."""
+def swap_limit(step: int, steps: int, total_steps: int | None) -> float:
+    """Share of the active cost that may come back in exchange, for `steps` steps; a cosine to 0 at SWAP_ENDS."""
     if total_steps is None:
-        return interval / LIFE / 2
-    return interval / LIFE * (1 + math.cos(math.pi * min(1.0, step / (SWAP_ENDS * total_steps)))) / 2
+        return steps / LIFE / 2
+    return steps / LIFE * (1 + math.cos(math.pi * min(1.0, step / (SWAP_ENDS * total_steps)))) / 2
 
 
 def decide(
@@ -120,7 +121,7 @@ def decide(
         benefit: float32 [N], units of the loss.
         cost: float64 [N], shares of the gateable FLOPs; sums to 1.
         ask: wanted cost of the active blocks, 0 to 1. It is reached from above: the marginal block is kept if active.
-            An inactive block comes only where all of it fits, so that an `ask` that wavers by less changes nothing.
+            An inactive block comes only where half of it fits, so that an `ask` that wavers by less changes nothing.
         dwell: steps that a switched block stays as it is.
         swap: cost that may come back in exchange for blocks switched off. What comes back because the wanted cost has
             risen is not limited.
@@ -136,14 +137,16 @@ def decide(
     active, cost, gate = active[order], cost[order], layout.gate_of[order]
 
     candidate = ~active & (worth > 0)
-    offered = (cost * candidate).cumsum(0)
     rise = max(0.0, ask - float((cost * active).sum()))
-    eligible = active | (candidate & (offered <= swap + rise + ROUNDING))
+    exchanged = (cost * candidate).cumsum(0) <= swap + rise + ROUNDING  # the best one waits until all of it is saved up
+    filling = candidate & (cost <= 2 * rise)
+    filling &= (cost * filling).cumsum(0) - cost / 2 <= rise
+    eligible = active | (candidate & exchanged) | filling
     protected = active & resting[order]
-    kept = _take(eligible, protected, active, cost, ask)
+    kept = _take(eligible, protected, cost, ask)
     if bool((torch.bincount(gate[kept], minlength=least.numel()) < least).any()):
         protected |= active & (rank_within(torch.where(active, gate, least.numel())) < least[gate])
-        kept = _take(eligible, protected, active, cost, ask)
+        kept = _take(eligible, protected, cost, ask)
 
     result = torch.zeros_like(active)
     result[order] = kept
@@ -153,10 +156,8 @@ def decide(
     return Decision(result, price, float((cost * kept).sum()), max(0.0, came - rise))
 
 
-def _take(eligible: Tensor, protected: Tensor, active: Tensor, cost: Tensor, ask: float) -> Tensor:
+def _take(eligible: Tensor, protected: Tensor, cost: Tensor, ask: float) -> Tensor:
     """The protected blocks, and of the eligible ones the first, until they cost `ask`."""
-    fixed = (cost * protected).sum()
     free = eligible & ~protected
-    free &= active | ((cost * free).cumsum(0) + fixed <= ask + ROUNDING)
-    before = (cost * free).cumsum(0) - cost + fixed
+    before = (cost * free).cumsum(0) - cost + (cost * protected).sum()
     return protected | (free & (before < ask - ROUNDING))

@@ -8,8 +8,8 @@ the sum of the same step**: a norm seen a hundred steps ago is then still compar
 batch, the learning phase, a loss scale) has cancelled.
 
 Before a batch norm the signed Σ w·g over a row is 0, whatever the row is worth, and so is that of the last block in it.
-There |Σ w·g| is not measured but presumed, as it would be were the gradient in no particular direction, which is what
-it looks like in blocks of dense layers: ‖w‖·‖g‖·√(2/πn), for n weights in a block.
+There the gates' whole Σ|Σ w·g| is shared out as if gradients had no particular direction: in proportion to ‖w‖·‖g‖/√n,
+for n weights in a block, which is also what blocks of dense layers look like.
 
 All blocks of all gates are one flat vector of N entries; each gate's `signals.grad` is a view into one buffer.
 Steps are added up as they come, on the device of the weights and without waiting for it: a few passes over N numbers.
@@ -18,7 +18,6 @@ When a decision is due they are folded into averages, and the benefit of each bl
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -31,22 +30,6 @@ from .layout import Layout
 FAST, SLOW = 0, 1  # rows of the averages of |Σ w·g|: over a short and a long horizon
 PROBE = 0.3  # share of the newest probe in the average of a block's probes
 TINY = torch.finfo(torch.float32).tiny
-
-
-def presumed_ratio(gates: Sequence[Gate]) -> Tensor | None:
-    """|Σ w·g| / ‖g‖ [N] of blocks before a batch norm, and NaN for others, on the device of the weights; None: no such.
-
-    √(2/πn) is the mean |cos| of the angle between a fixed and a random direction in n dimensions, n large.
-    """
-    if not any(gate.normalised for gate in gates):
-        return None
-    ratios = [
-        gate.norms() * (2 / math.pi / gate.block_area).sqrt().to(gate.signals.device, non_blocking=True)
-        if gate.normalised
-        else torch.full(gate.grid, math.nan, device=gate.signals.device)
-        for gate in gates
-    ]
-    return torch.cat([ratio.flatten() for ratio in ratios])
 
 
 class Inbox:
@@ -138,11 +121,12 @@ class Signals:
 
         Args:
             active: bool [N], the mask under which they were made.
-            presumed: float32 [N], |Σ w·g| / ‖g‖ of blocks for which it is presumed; NaN where it is measured.
+            presumed: float32 [N], ‖w‖/√n of blocks whose |Σ w·g| is presumed, in proportion to this times ‖g‖; 0 where
+                it is taken as measured.
         """
         shown = active.float()
         if presumed is not None:
-            self.sums[0] = torch.where(presumed.isnan(), self.sums[0], presumed * self.sums[1])
+            self._presume(presumed.nan_to_num(0.0, 0.0, 0.0), shown)
         mean = self.sums * (shown / self.steps.clamp(min=1)[layout.gate_of])
         rate = 1 - self.keep**self.steps  # [2, G]: as many steps as there were, each with their mean
         per_block = rate[:, layout.gate_of]
@@ -157,6 +141,12 @@ class Signals:
         self.level += newest * (torch.stack((everything, torch.ones_like(everything))) - self.level)
         self.sums.zero_()
         self.steps.zero_()
+
+    def _presume(self, presumed: Tensor, shown: Tensor) -> None:
+        affected = presumed > 0
+        share = presumed * self.sums[1] * shown
+        total = (self.sums[0] * shown * affected).sum()
+        self.sums[0] = torch.where(affected, share * (total / share.sum().clamp(min=TINY)), self.sums[0])
 
     def contribution(self, row: int) -> Tensor:
         """Average |Σ w·g| [N] of active blocks; 0 where nothing is known."""

@@ -17,8 +17,9 @@ plant.generator.manual_seed(rank)  # the same blocks are useful, the noise is ea
 controller = Controller(plant.gates, plant.meter, 0.4, 80)
 controller.log = run_log.start(f"{out}.log", controller)
 for step in range(80):
-    if step == 20 * rank:  # one replica runs a graph that couples its gates earlier than the other
+    if step == 20 * rank:  # one replica meets a graph that couples its gates, and its batch norm, earlier
         plant.meter.coupled = (chained(list(plant.gates.values())),)
+        plant.gates["layer1"].normalised = True
     plant.train_step(rows=1 + rank)
     controller.step()
 torch.save({"masks": [gate.mask for gate in plant.gates.values()], "state": controller.state_dict()}, out)

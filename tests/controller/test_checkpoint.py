@@ -16,6 +16,7 @@ SHAPES = [(96, 96), (64, 100), (96, 96)]
 
 def make(seed, budget=0.35, steps=220, shapes=SHAPES, **kwargs):
     plant = Plant(shapes, seed=seed, noise=1.0)
+    plant.gates["layer1"].normalised = True
     return plant, Controller(plant.gates, plant.meter, budget, steps, **kwargs)
 
 
@@ -79,6 +80,7 @@ def test_a_state_shares_nothing_with_the_run_that_goes_on():
     ("damage", "message"),
     [
         (lambda s: s.update(version=99), "version 99"),
+        (lambda s: (s.update(version=1), s.pop("exchange")), "version 1"),
         (lambda s: s.update(total_steps=221), "total_steps=221"),
         (lambda s: s.update(budget=0.5), "budget=0.5"),
         (lambda s: s.update(interval=7), "interval=7"),

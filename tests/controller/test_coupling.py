@@ -8,6 +8,7 @@ import torch
 
 from ctrlcompile.controller import Controller, decide
 from ctrlcompile.controller.coupling import Coupling, Lattice, Sets
+from ctrlcompile.controller.layout import Layout
 
 from .plant import FakeGate, Plant, chained
 from .test_checkpoint import same, through_a_file
@@ -27,7 +28,7 @@ def random_lattice():
     rows, columns = (sum(side) for side in zip(*grids, strict=True))
     feeds, reads = random_members(columns, rows), random_members(rows, columns)
     coupling = Coupling(*zip(*grids, strict=True), Sets.from_members(feeds), Sets.from_members(reads))
-    lattice = Lattice(gates)
+    lattice = Lattice(gates, Layout.of(gates))
     lattice.learn([(coupling, tuple(gates))])
     return gates, lattice, feeds, reads
 
@@ -85,7 +86,7 @@ def test_useless_blocks_and_what_a_block_frees_are_what_the_definitions_say():
 def test_what_several_graphs_say_of_the_same_gates_is_joined():
     first, second = (FakeGate(name, (16, 16), (8, 8)) for name in "ab")
     stranger = FakeGate("c", (16, 16), (8, 8))
-    lattice = Lattice([first, second])
+    lattice = Lattice([first, second], Layout.of([first, second]))
     lattice.learn([chained([first, second])])
     assert lattice.coupling.reads.to_members() == [frozenset({2}), frozenset({3}), None, None]
     before = lattice.fingerprint
@@ -95,7 +96,7 @@ def test_what_several_graphs_say_of_the_same_gates_is_joined():
     assert lattice.coupling.reads.to_members() == [None, None, None, None]
     assert lattice.coupling.feeds.to_members() == [None, None, None, None]
 
-    lattice = Lattice([first, second])
+    lattice = Lattice([first, second], Layout.of([first, second]))
     lattice.learn([chained([first, stranger, second])])
     assert lattice.coupling.reads.to_members() == [None, None, None, None], "another controller's gate reads them"
 

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from ctrlcompile.controller.decide import HYSTERESIS, LIFE, Blocks, Exchange, decide, swap_limit
 from ctrlcompile.controller.layout import Layout
 from ctrlcompile.controller.probes import RATE, Rotation
+from ctrlcompile.controller.rating import rate
 
 from .plant import FakeGate
 
@@ -162,21 +163,53 @@ def test_gates_that_saturate_thin_out_evenly_whatever_their_rows_and_columns_are
 
 
 def test_within_a_row_of_a_gate_that_saturates_the_better_blocks_are_kept():
-    benefit = COST.float() * (0.5 + torch.rand(N))
-    whole = Blocks.of(torch.ones(N, dtype=torch.bool))
-    kept = choose(whole, benefit, 0.5, saturating=torch.ones(N, dtype=torch.bool)).active
-    assert (benefit / COST)[kept].mean() > 1.3 * (benefit / COST)[~kept].mean()
+    lines = int(LAYOUT.row_of.max()) + 1
+    benefit = COST.float() * (0.5 + torch.rand(N)) * torch.exp(torch.randn(lines))[LAYOUT.row_of]
+    kept = choose(Blocks.of(torch.ones(N, dtype=torch.bool)), benefit, 0.5, saturating=torch.ones(N, dtype=torch.bool))
+    worth, active = (benefit / COST).float(), kept.active.float()
+    mean = torch.bincount(LAYOUT.row_of, worth) / torch.bincount(LAYOUT.row_of)
+    beside = worth / mean.float()[LAYOUT.row_of]
+    assert (beside * active).sum() / active.sum() > 1.2 * (beside * (1 - active)).sum() / (1 - active).sum()
+
+
+def test_an_inactive_block_of_a_gate_that_saturates_has_a_bar_as_well():
+    active, worth = torch.rand(N) < 0.5, 0.5 + torch.rand(N)
+    everywhere = torch.ones(N, dtype=torch.bool)
+    low, high = (rate(worth, active, torch.full((N,), bar), LAYOUT, everywhere) for bar in (1.0, 1.5))
+    assert low[~active].sum() > 1.5 * high[~active].sum()
+    assert low[active].sum() <= high[active].sum()
 
 
 @settings(deadline=None, max_examples=25)
-@given(ask=st.floats(0.1, 0.9), wavering=st.floats(-0.9, 0.9), seed=st.integers(0, 2**31))
-def test_a_cost_asked_for_that_wavers_by_less_than_a_block_switches_nothing(ask, wavering, seed):
+@given(ask=st.floats(0.1, 0.9), wavering=st.floats(-0.9, 0.45), seed=st.integers(0, 2**31))
+def test_a_cost_asked_for_that_wavers_by_less_than_half_a_block_switches_nothing(ask, wavering, seed):
     generator = torch.Generator().manual_seed(seed)
     whole = Blocks.of(torch.ones(N, dtype=torch.bool))
     blocks = Blocks.of(choose(whole, torch.rand(N, generator=generator), ask).active)
     level = float(COST[blocks.active].sum()) + wavering * float(COST.min())
     again = choose(blocks, torch.rand(N, generator=generator), level, swap=0.0)
     assert torch.equal(again.active, blocks.active)
+
+
+def test_what_is_missing_is_filled_with_blocks_that_fit_while_a_costly_one_is_saved_up_for():
+    layout = layout_of((16, 16), (16, 16))
+    cost = torch.tensor([0.2] * 4 + [0.05] * 4, dtype=torch.float64)
+    blocks = Blocks.of(torch.tensor([True, True, False, False] * 2))
+    benefit = cost.float() * torch.tensor([4.0, 4.0, 9.0, 9.0, 4.0, 4.0, 8.0, 8.0])
+
+    def come(ask, swap):
+        decision = decide(
+            blocks, benefit, cost, layout, step=1000, ask=ask, dwell=50, swap=swap,
+            least=torch.ones(2, dtype=torch.int64), held=torch.zeros(8, dtype=torch.bool),
+            saturating=torch.zeros(8, dtype=torch.bool),
+        )  # fmt: skip
+        return (decision.active & ~blocks.active).nonzero().flatten().tolist()
+
+    assert come(0.5, 0.0) == []
+    assert come(0.55, 0.0) == [6]
+    assert come(0.61, 0.0) == [2]
+    assert come(0.5, 0.1) == [], "the costly one is the best"
+    assert come(0.5, 0.2) == [2]
 
 
 def test_what_may_be_exchanged_is_saved_up_for_a_whole_block():

@@ -71,8 +71,7 @@ def test_before_batch_norms_the_start_is_hardly_dense_and_the_end_hardly_thinner
     path = follow(1000, 0.4, normalised=1.0)
     assert path.count(1.0) <= (1 - HASTE) * WARM_UP[1] * 1000 + 1
     assert path[-1] > 0.95 * 0.4
-    between = follow(1000, 0.4, normalised=0.5)
-    assert path.count(1.0) < between.count(1.0) < follow(1000, 0.4).count(1.0)
+    assert follow(1000, 0.4, normalised=0.5) == follow(1000, 0.4), "the other half needs its time"
 
 
 def test_a_budget_of_one_has_no_ramp():

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from ctrlcompile.controller.layout import Layout
-from ctrlcompile.controller.signals import FAST, SLOW, Inbox, Signals, presumed_ratio
+from ctrlcompile.controller.signals import FAST, SLOW, Inbox, Signals
 
 from .plant import FakeGate
 
@@ -151,25 +151,18 @@ def test_two_averages_of_the_same_few_steps_do_not_count_as_settled():
     assert listener.signals.settled(listener.active, cost, 0.4) < 0.1
 
 
-def test_what_is_presumed_before_a_batch_norm_is_the_mean_over_gradients_in_no_particular_direction():
-    gates = [FakeGate(name, (20, 26), (8, 8), torch.randn(20, 26)) for name in "ab"]
-    assert presumed_ratio(gates) is None
-    gates[1].normalised = True
-    ratio = presumed_ratio(gates).view(2, 3, 4)
-    assert ratio[0].isnan().all()
-    gradients = torch.randn(2000, 20, 26)
-    contributed = torch.stack([gates[1].blockwise(gates[1].weight * g).abs() for g in gradients]).mean(0)
-    norms = torch.stack([gates[1].blockwise(g * g).sqrt() for g in gradients]).mean(0)
-    assert torch.allclose(ratio[1], contributed / norms, rtol=0.15)
-
-
-def test_a_contribution_that_is_presumed_takes_the_place_of_the_measured_one():
+def test_contributions_that_are_presumed_share_out_the_measured_ones_by_weight_and_gradient():
     listener = Listener()
     arrived = random_signals()
-    presumed = torch.full((46,), math.nan)
-    presumed[25:] = 0.5
+    presumed = torch.zeros(46)
+    presumed[25:] = torch.rand(21) + 0.1
+    presumed[30] = math.inf  # of a weight that has overflown: taken as measured
+    listener.active[28] = False
     listener.hear(arrived.clone(), fold=False)
     listener.signals.fold(listener.active, listener.layout, presumed)
-    benefit = listener.signals.contribution(SLOW)
-    assert torch.allclose(benefit[:25], arrived[0, :25].abs())
-    assert torch.allclose(benefit[25:], 0.5 * arrived[1, 25:].sqrt())
+    measured, found = arrived[0].abs() * listener.active, listener.signals.contribution(SLOW)
+    assert torch.allclose(found[:25], measured[:25])
+    assert found[30] == pytest.approx(float(measured[30]))
+    shares = presumed * arrived[1].sqrt() * listener.active
+    chosen = torch.tensor([block for block in range(25, 46) if block != 30])
+    assert torch.allclose(found[chosen], shares[chosen] / shares[chosen].sum() * measured[chosen].sum())
