@@ -108,7 +108,7 @@ def test_what_became_of_variants_is_read_back_and_what_a_resumed_run_repeats_cou
     told = respecialise(first, 58, 2)
     assert told_by(read(tmp_path)) == told
     state, generator = first.controller.state_dict(), first.plant.generator.get_state()
-    respecialise(first, 45, 60)
+    told += respecialise(first, 45, 60)
     first.controller.close()
     resumed = Logged(tmp_path, seed)
     resumed.controller.load_state_dict(state)
