@@ -9,9 +9,9 @@ python examples/train_cifar.py --data PATH --model resnet18 --epochs 20
 
      run         channels  accuracy     FLOPs  of dense  seconds  compile  density
      ──────────────────────────────────────────────────────────────────────────────
-     ctrlprune  32-64-128    0.9750  6.14e+10     0.400      2.9      4.1     0.29
-     dense      32-64-128    0.9861  1.53e+11     1.000      2.9      0.6     1.00
-     narrow      20-40-84    0.9778  6.16e+10     0.402      2.1      0.7     1.00
+     ctrlprune  32-64-128    0.9806  6.14e+10     0.400      3.9      4.2     0.38
+     dense      32-64-128    0.9861  1.53e+11     1.000      3.7      0.8     1.00
+     narrow      20-40-84    0.9778  6.16e+10     0.402      2.4      1.0     1.00
 
        test accuracy, standard error 0.008; seconds of training, compiling apart
     log: out/train_cifar.json; picture: out/train_cifar.png
