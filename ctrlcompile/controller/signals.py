@@ -9,7 +9,7 @@ batch, the learning phase, a loss scale) has cancelled.
 
 Before a batch norm the signed Σ w·g over a row is 0, whatever the row is worth, and so is that of the last block in it.
 There the gates' whole Σ|Σ w·g| is shared out as if gradients had no particular direction: in proportion to ‖w‖·‖g‖/√n,
-for n weights in a block, which is also what blocks of dense layers look like.
+for n weights in a block, which is what blocks of dense layers look like in the first steps.
 
 All blocks of all gates are one flat vector of N entries; each gate's `signals.grad` is a view into one buffer.
 Steps are added up as they come, on the device of the weights and without waiting for it: a few passes over N numbers.

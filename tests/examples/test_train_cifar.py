@@ -34,6 +34,15 @@ def test_resnet18_is_the_one_known_for_cifar() -> None:
     assert sum(parameter.numel() for parameter in model.parameters()) == 11_173_962
 
 
+def test_the_wide_resnet_has_its_first_stage_on_half_the_image_and_the_flops_of_the_other() -> None:
+    narrow, wide = (
+        train_cifar.Shape(channels, depth, (3, 32, 32), 10, pool)
+        for channels, depth, pool in (train_cifar.MODELS[name] for name in ("resnet8", "wide-resnet8"))
+    )
+    assert train_cifar.ResNet(wide).stem(torch.zeros(2, 3, 32, 32)).shape == (2, 64, 16, 16)
+    assert train_cifar.training_flops(wide, 1) == pytest.approx(train_cifar.training_flops(narrow, 1), rel=0.02)
+
+
 @pytest.mark.parametrize("share", [0.1, 0.25, 0.4, 0.9, 1.0])
 def test_narrow_model_uses_its_share_and_little_more(share: float) -> None:
     shape = train_cifar.Shape((32, 64, 128), 1, (3, 32, 32), 10)
