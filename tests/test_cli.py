@@ -15,7 +15,7 @@ from ctrlcompile import cli, run_log
 from ctrlcompile.controller import Controller
 from ctrlcompile.inspect import doctor
 from ctrlcompile.inspect.run import read
-from ctrlcompile.kernels import build, cpu_linear
+from ctrlcompile.kernels import build, cpu_conv, cpu_linear
 
 from .controller.plant import Plant
 
@@ -237,16 +237,17 @@ def probed_here(monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("role", ["forward", "dgrad", "wgrad"])
-def test_doctor_finds_a_kernel_that_computes_wrong(probed_here, monkeypatch, role):
+@pytest.mark.parametrize("kernels", [cpu_linear, cpu_conv], ids=["linear", "conv"])
+def test_doctor_finds_a_kernel_that_computes_wrong(probed_here, monkeypatch, kernels, role):
     assert probed_here() == "works"
-    right = getattr(cpu_linear, role)
+    right = getattr(kernels, role)
 
     def wrong(*arguments):
         result = right(*arguments)
         (result if role == "dgrad" else result[0])[0, 0] += 0.01
         return result
 
-    monkeypatch.setattr(cpu_linear, role, wrong)
+    monkeypatch.setattr(kernels, role, wrong)
     assert probed_here() == "broken"
 
 

@@ -9,15 +9,18 @@ import subprocess
 import sys
 import tempfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import torch
+from torch import Tensor
 
 from ctrlcompile import kernel_choice, ops
+from ctrlcompile.blocks import Block
 from ctrlcompile.kernels import build, index_lists, isa, reference
+from ctrlcompile.kernels.window import Window, channels_last
 
 OLDEST_TORCH = "2.11"
 _TIMEOUT_S = 600
@@ -106,43 +109,93 @@ def _kernels(device: str) -> Check:
     result = json.loads(done.stdout.splitlines()[-1])
     if result["reason"] is not None:
         return Check(what, "missing", f"{result['reason']}: gated layers are computed densely there")
-    found = f"built and run; error {result['error']:.1e}, a dense product's {result['dense_error']:.1e}"
-    if result["error"] <= _WORSE_THAN_DENSE * result["dense_error"]:
+    layers = result["layers"].items()
+    found = "built and run; " + ", ".join(
+        f"error of {name} {its['error']:.1e} (computed densely {its['dense_error']:.1e})" for name, its in layers
+    )
+    if all(its["error"] <= _WORSE_THAN_DENSE * its["dense_error"] for _, its in layers):
         return Check(what, "works", found)
     return Check(what, "broken", found, "Set CTRLCOMPILE_ISA=portable, or CXX to another compiler, and look again")
 
 
 def probe(device_type: str) -> None:
     """Prints, as JSON, why kernels cannot run on a device, or else their largest error and that of dense products."""
-    device, block, (m, k, n) = torch.device(device_type), (16, 32), (70, 150, 90)
-    reason = kernel_choice.why_no_kernel(device, torch.float32, torch.float32, block, "relu", strict=True)
-    if reason is not None:
-        print(json.dumps({"reason": reason}))
-        return
-    x, grad, weight, bias = (torch.randn(*size, device=device) for size in ((m, k), (m, n), (n, k), (n,)))
-    mask = torch.rand(index_lists.grid_shape((n, k), block), device=device) < 0.5
-    lists, probes = list(index_lists.build(mask)), torch.full((1,), -1, dtype=torch.int32, device=device)
-    signals = torch.zeros(2, *mask.shape, device=device)
+    device, block = torch.device(device_type), (16, 32)
+    for family in (kernel_choice.LINEAR, kernel_choice.CONV):
+        types = device, torch.float32, torch.float32, block, "relu"
+        reason = kernel_choice.why_no_kernel(*types, family=family, strict=True)
+        if reason is not None:
+            print(json.dumps({"reason": reason}))
+            return
+    layers = {"linears": _try_linear(device, block), "convolutions": _try_conv(device, block)}
+    print(json.dumps({"reason": None, "layers": layers}))
+
+
+def _try_linear(device: torch.device, block: Block) -> dict[str, float]:
+    """Forward, dgrad and wgrad of a linear under a random mask: largest error, and that of dense products."""
+    m, k, n = 70, 150, 90
+    x, grad, weight, bias = _random(device, (m, k), (m, n), (n, k), (n,))
+    mask, lists, probes, signals = _gated(weight, block)
+
+    def dense(x: Tensor, grad: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, ...]:
+        return (
+            reference.linear(x, weight, bias, mask, block, "relu")[0],
+            reference.linear_dgrad(grad, weight, mask, block),
+            reference.linear_wgrad(grad, x, weight, mask, probes, block)[0],
+        )
+
     ours = (
         ops.linear(x, weight, bias, signals, lists, probes, *block, "relu")[0],
         ops.linear_dgrad(grad, weight, lists, *block),
         ops.linear_wgrad(grad, x, weight, lists, probes, *block)[0],
     )
+    return _errors(ours, dense, x, grad, weight, bias)
 
-    def dense(dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
-        x_, grad_, weight_, bias_ = (tensor.to(dtype) for tensor in (x, grad, weight, bias))
+
+def _try_conv(device: torch.device, block: Block) -> dict[str, float]:
+    """The same of a convolution of 3x3 taps."""
+    images, k, n, side, window = 2, 70, 50, 9, Window((2, 1), ((1, 1), (1, 0)), (1, 1))
+    size = window.output_size((side, side), (3, 3))
+    x, grad, weight, bias = _random(device, (images, k, side, side), (images, n, *size), (n, k, 3, 3), (n,))
+    x, grad = channels_last(x), channels_last(grad)
+    mask, lists, probes, signals = _gated(weight, block)
+
+    def dense(x: Tensor, grad: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, ...]:
         return (
-            reference.linear(x_, weight_, bias_, mask, block, "relu")[0],
-            reference.linear_dgrad(grad_, weight_, mask, block),
-            reference.linear_wgrad(grad_, x_, weight_, mask, probes, block)[0],
+            reference.conv(x, weight, bias, mask, block, "relu", window)[0],
+            reference.conv_dgrad(grad, weight, mask, block, window, (side, side)),
+            reference.conv_wgrad(grad, x, weight, mask, probes, block, window)[0],
         )
 
-    exact = dense(torch.float64)
+    moves = window.arguments
+    ours = (
+        ops.conv(x, weight, bias, signals, lists, probes, *block, "relu", *moves)[0],
+        ops.conv_dgrad(grad, weight, lists, *block, [side, side], *moves),
+        ops.conv_wgrad(grad, x, weight, lists, probes, *block, *moves)[0],
+    )
+    return _errors(ours, dense, x, grad, weight, bias)
 
-    def error(results: tuple[torch.Tensor, ...]) -> float:
+
+def _random(device: torch.device, *sizes: tuple[int, ...]) -> list[Tensor]:
+    return [torch.randn(*size, device=device) for size in sizes]
+
+
+def _gated(weight: Tensor, block: Block) -> tuple[Tensor, list[Tensor], Tensor, Tensor]:
+    """A random mask of a weight's blocks, its lists, no probes, and room for signals."""
+    shape = weight.shape[0], weight.shape[1]
+    mask = torch.rand(index_lists.grid_shape(shape, block), device=weight.device) < 0.5
+    probes = torch.full((1,), -1, dtype=torch.int32, device=weight.device)
+    return mask, list(index_lists.build(mask)), probes, torch.zeros(2, *mask.shape, device=weight.device)
+
+
+def _errors(ours: tuple[Tensor, ...], dense: Callable[..., tuple[Tensor, ...]], *operands: Tensor) -> dict[str, float]:
+    """Of `ours` and of `dense` in the operands' type, against `dense` in float64."""
+    exact = dense(*(operand.double() for operand in operands))
+
+    def error(results: tuple[Tensor, ...]) -> float:
         return max(float((result - right).abs().max()) for result, right in zip(results, exact, strict=True))
 
-    print(json.dumps({"reason": None, "error": error(ours), "dense_error": error(dense(torch.float32))}))
+    return {"error": error(ours), "dense_error": error(dense(*operands))}
 
 
 def _triton() -> Check:
