@@ -118,6 +118,7 @@ def main() -> None:
     parser.add_argument("--part", choices=("idle", "build"), help="only this one")
     parser.add_argument("--block", type=int, default=32)
     parser.add_argument("--steps", type=int, default=250, help="pairs of steps of idle")
+    parser.add_argument("--builds", type=int, default=2, help="kernels compiled, one after the other")
     parser.add_argument("--json", type=Path, help="write the result here")
     args = parser.parse_args()
 
@@ -136,9 +137,9 @@ def main() -> None:
         for _ in range(WARM_UP):
             contestant.step(torch.randn(ROWS, WIDTH, requires_grad=True))
         result["builds"] = []
-        for activation in ("none", "relu"):
-            recipe = (2 * args.block, 2 * args.block), Types(torch.float32, torch.float32, activation)
-            result["builds"].append(beside_a_build(contestant, recipe))
+        for number in range(args.builds):
+            types = Types(torch.float32, torch.float32, ("none", "relu")[number % 2])
+            result["builds"].append(beside_a_build(contestant, ((2 * args.block, 2 * args.block), types)))
         for found in result["builds"]:
             beside, alone = (
                 ", ".join(f"{found[name + end]:.2f}" for name in ("median", "ninth_decile", "longest"))

@@ -34,7 +34,7 @@ log = logging.getLogger(__name__)
 HORIZON = 1000  # steps that a change has to pay in where the length of the run is not known
 MARGIN = 0.05  # of a call's time: what a variant has to be faster by
 LEAST_SAVED_S = 1.0  # over the steps that remain, by all nodes together: less is not worth a try
-CHECK_EVERY = 25  # steps after which a node is looked at though no mask has changed
+FIRST_LOOK, NEXT_LOOK = 25, 100  # steps since a mask has changed, and since the last look: then nodes are looked at
 FEWEST_CALLS = 3  # of a node, for a median that counts
 TRIAL_TURNS = 4  # steps of each of the two in a trial, after one that warms up
 MOST_BUILDS = 8  # of a process
@@ -139,12 +139,15 @@ class _Plan:
         self.outcomes: list[Outcome] = []
         self.courses = {role: _Course() for role in variants.ROLES}
         self.steps = self.updates = 0
+        self.look = FIRST_LOOK  # step of the next look where no mask changes
 
     def advance(self, gate: Gate, steps_left: Callable[[Gate], int | None]) -> "list[_Wish]":
         """Takes a step in, carries on what is under way, and returns what would pay to build and try."""
         self.steps += 1
         changed, self.updates = gate.updates != self.updates, gate.updates
-        due = changed or self.steps % CHECK_EVERY == 0
+        due = changed or self.steps >= self.look
+        if due:
+            self.look = self.steps + (FIRST_LOOK if changed else NEXT_LOOK)
         wishes: list[_Wish] = []
         for role, course in self.courses.items():
             if changed:
@@ -169,6 +172,8 @@ class _Plan:
                     node.receive(waited, still=waited.variant in [change.variant for change in new])
                 elif course.waiting is None:
                     wishes += [(node, change) for change in new]
+            else:  # nothing is known of it yet
+                self.look = self.steps + FIRST_LOOK
         return wishes
 
 

@@ -43,7 +43,8 @@ def eager(monkeypatch):
         "MARGIN": 0.0,
         "LEAST_SAVED_S": 0.0,
         "FEWEST_CALLS": 1,
-        "CHECK_EVERY": 1,
+        "FIRST_LOOK": 1,
+        "NEXT_LOOK": 1,
         "TRIAL_TURNS": 1,
     }.items():
         monkeypatch.setattr(respecialize, name, value)
