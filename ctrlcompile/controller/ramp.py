@@ -14,8 +14,7 @@ all steps left, and the run lands.
 The warm-up is worth up to a third of what the run may use, half as much as is then left. |Σ w·g| is small where weights
 are still near their random start, whatever they will be worth: a ranking made before the learning rate is up switches
 off what learns late. In a GPT these are the queries and keys; with all of them gone, neither has a gradient to come
-back by. What is left after it is for the end: the ramp takes no more than a fifth. In the same GPT with a budget of
-0.25 a ramp that took two fifths ended at a density of 0.07 and a loss of 1.864 instead of 0.09 and 1.856.
+back by. What is left after it is for the end: the ramp takes no more than a fifth of that.
 
 Before batch norms there is next to nothing to wait for: the ranking of blocks within a layer is worth little there (see
 `rating`), and the densities of layers are told by the first steps. What a dense start and a ramp cost, the end pays
