@@ -36,6 +36,8 @@ from ctrlcompile.variants import BLOCK_SPARSE, Types
 SHORT_ROWS = 8
 PRODUCTS = 4  # of a step that may change their variant: forward and dgrad of two layers
 WARM_UP = 5  # steps
+ACTIVATIONS = ("none", "relu", "gelu", "gelu_tanh")  # each makes another kernel to build
+TRIMMED = 0.05  # at each end, of the differences whose mean is taken
 
 
 def idle(block: int, rows: int, steps: int) -> dict[str, Any]:
@@ -73,10 +75,12 @@ def idle(block: int, rows: int, steps: int) -> dict[str, Any]:
             second = step(number % 2 == 1)
             pairs.append((first, second) if number % 2 == 0 else (second, first))
     more = [on - off for on, off in pairs]
+    cut = int(TRIMMED * len(more))
+    mean = statistics.fmean(sorted(more)[cut : len(more) - cut])
     drawn = [statistics.median(random.choices(more, k=len(more))) for _ in range(300)]
     return {
         "rows": rows, "pairs": steps, "step_s": statistics.median(off for _, off in pairs),
-        "more_s": statistics.median(more), "error_s": statistics.stdev(drawn),
+        "more_s": statistics.median(more), "error_s": statistics.stdev(drawn), "more_mean_s": mean,
         "hook_s": sum(hook) / steps,
     }  # fmt: skip
 
@@ -118,7 +122,7 @@ def main() -> None:
     parser.add_argument("--part", choices=("idle", "build"), help="only this one")
     parser.add_argument("--block", type=int, default=32)
     parser.add_argument("--steps", type=int, default=250, help="pairs of steps of idle")
-    parser.add_argument("--builds", type=int, default=2, help="kernels compiled, one after the other")
+    parser.add_argument("--builds", type=int, default=2, choices=range(1, len(ACTIVATIONS) + 1), help="default 2")
     parser.add_argument("--json", type=Path, help="write the result here")
     args = parser.parse_args()
 
@@ -129,8 +133,9 @@ def main() -> None:
         for found, unit, whole_of in ((whole, "%", whole["step_s"] / 100), (short, "us per product", PRODUCTS * 1e-6)):
             more, error = found["more_s"] / whole_of, found["error_s"] / whole_of
             print(
-                f"idle: {more:+.2f} {unit} (standard error {error:.2f}) in steps of {found['step_s'] * 1e3:.2f} ms, of "
-                f"it {found['hook_s'] / whole_of:.2f} in the hook on average"
+                f"idle: {more:+.2f} {unit} (standard error {error:.2f}) on average "
+                f"{found['more_mean_s'] / whole_of:+.2f}, in steps of {found['step_s'] * 1e3:.2f} ms, of it "
+                f"{found['hook_s'] / whole_of:.2f} in the hook on average"
             )
     if args.part != "idle":
         contestant = Contestant(args.block, BLOCK_SPARSE)
@@ -138,7 +143,7 @@ def main() -> None:
             contestant.step(torch.randn(ROWS, WIDTH, requires_grad=True))
         result["builds"] = []
         for number in range(args.builds):
-            types = Types(torch.float32, torch.float32, ("none", "relu")[number % 2])
+            types = Types(torch.float32, torch.float32, ACTIVATIONS[number])
             result["builds"].append(beside_a_build(contestant, ((2 * args.block, 2 * args.block), types)))
         for found in result["builds"]:
             beside, alone = (

@@ -27,14 +27,14 @@ from ctrlcompile.gate import Gate
 from ctrlcompile.kernels import build
 from ctrlcompile.proposals import Outcome, Proposal
 from ctrlcompile.variant_cost import KEPT_OWN, CostModel, Observation, Size
-from ctrlcompile.variants import BLOCK_SPARSE, DENSE, Call, Types, Variant
+from ctrlcompile.variants import BLOCK_SPARSE, COMPACT, DENSE, Call, Types, Variant
 
 log = logging.getLogger(__name__)
 
 HORIZON = 1000  # steps that a change has to pay in where the length of the run is not known
 MARGIN = 0.05  # of a call's time: what a variant has to be faster by
 LEAST_SAVED_S = 1.0  # over the steps that remain, by all nodes together: less is not worth a try
-FIRST_LOOK, NEXT_LOOK = 25, 100  # steps since a mask has changed, and since the last look: then nodes are looked at
+LOOK_EVERY, SETTLED_LOOK = 25, 100  # steps between looks at a gate: after something has changed, and else
 FEWEST_CALLS = 3  # of a node, for a median that counts
 TRIAL_TURNS = 4  # steps of each of the two in a trial, after one that warms up
 MOST_BUILDS = 8  # of a process
@@ -139,15 +139,16 @@ class _Plan:
         self.outcomes: list[Outcome] = []
         self.courses = {role: _Course() for role in variants.ROLES}
         self.steps = self.updates = 0
-        self.look = FIRST_LOOK  # step of the next look where no mask changes
+        self.moved = True  # something has changed since the last look, or at it
 
     def advance(self, gate: Gate, steps_left: Callable[[Gate], int | None]) -> "list[_Wish]":
         """Takes a step in, carries on what is under way, and returns what would pay to build and try."""
         self.steps += 1
         changed, self.updates = gate.updates != self.updates, gate.updates
-        due = changed or self.steps >= self.look
+        # Gates are looked at in the same steps, since what they save counts together.
+        due = changed or self.steps % (LOOK_EVERY if self.moved else SETTLED_LOOK) == 0
         if due:
-            self.look = self.steps + (FIRST_LOOK if changed else NEXT_LOOK)
+            self.moved = changed
         wishes: list[_Wish] = []
         for role, course in self.courses.items():
             if changed:
@@ -158,12 +159,14 @@ class _Plan:
                 continue
             node = _At(gate, role, self)
             if course.trial is not None:
+                self.moved = True
                 node.carry_on(course.trial)
             elif node.take_in():
                 left = HORIZON if (known_left := steps_left(gate)) is None else known_left
                 better = node.better(left)
                 known = next((change for change in better if change.variant in course.own), None)
                 if known is not None and node.accepted(known):
+                    self.moved = True
                     node.put_in_force(known)
                     better = node.better(left)
                 new = [change for change in better if change.variant not in course.own]
@@ -172,8 +175,8 @@ class _Plan:
                     node.receive(waited, still=waited.variant in [change.variant for change in new])
                 elif course.waiting is None:
                     wishes += [(node, change) for change in new]
-            else:  # nothing is known of it yet
-                self.look = self.steps + FIRST_LOOK
+            elif node.node.count:  # called, but nothing is known of it yet
+                self.moved = True
         return wishes
 
 
@@ -295,7 +298,7 @@ class _At:
 
     def _guessed_rate(self, variant: Variant) -> float:
         side = min(variant.block(self.gate.block))
-        return _OTHERS_RATE if variant == DENSE or side > max(_GUESSED_RATE) else _GUESSED_RATE[side]
+        return _OTHERS_RATE if variant in (DENSE, COMPACT) or side > max(_GUESSED_RATE) else _GUESSED_RATE[side]
 
     def _kind(self, variant: Variant) -> tuple[Any, ...]:
         """What shares coefficients in the cost model."""

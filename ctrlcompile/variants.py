@@ -2,8 +2,9 @@
 
 Each is right for every mask, and fast for some: the block-sparse kernel in the gate's own blocks; the same kernel in
 `coarse` blocks, several of the gate's merged into one that is active where any of them is; the framework's `dense`
-product. The last two multiply masked blocks, which the gate keeps zero. The weight gradient, which reports on every
-block of the gate, is always block-sparse.
+product, of everything or, `compact`, of the rows and columns that have an active block. All but the first multiply
+masked blocks, which the gate keeps zero. The weight gradient, which reports on every block of the gate, is always
+block-sparse.
 
 What is in force is read here at each call, and changed by `respecialize` only after a step of the optimizer that owns
 the weight: never between a forward pass and its backward or recomputation.
@@ -23,7 +24,7 @@ from torch import Tensor
 
 from ctrlcompile.blocks import LARGEST_SIDE, Block, no_room
 from ctrlcompile.gate import Gate
-from ctrlcompile.kernels import index_lists
+from ctrlcompile.kernels import compact, index_lists
 from ctrlcompile.kernels.index_lists import BlockLists
 
 ROLES = ("forward", "dgrad")  # those that have variants
@@ -47,13 +48,17 @@ class Variant:
         return self.kind if self.kind != "coarse" else "coarse {}x{}".format(*self.block(own))
 
 
-BLOCK_SPARSE, DENSE = Variant("block-sparse"), Variant("dense")
+BLOCK_SPARSE, DENSE, COMPACT = Variant("block-sparse"), Variant("dense"), Variant("compact")
 COARSEST = 64  # sides of merged blocks: larger ones were no faster on any machine
+COMPACTED = 8  # smaller side of the blocks up to which compact is tried: in larger ones it was never faster
 
 
 def candidates(gate: Gate, groups: int) -> list[Variant]:
     """All variants that can compute a gate's products; `groups` are those of its convolution, 1 for a linear."""
     found = [BLOCK_SPARSE, DENSE]
+    alive = bool(gate.active) and groups == 1
+    if alive and min(gate.block) <= COMPACTED and not (gate.mask.any(0).all() and gate.mask.any(1).all()):
+        found.append(COMPACT)
     for merged in ((1, 2), (2, 1), (2, 2), (4, 4)):
         variant = Variant("coarse", merged)
         block = variant.block(gate.block)
@@ -107,9 +112,12 @@ class Table:
         self._areas: dict[Variant, tuple[Tensor, float]] = {}
         self._shares: dict[Variant, tuple[int, float]] = {}
         self._lists: dict[Variant, tuple[int, BlockLists]] = {}
+        self._live: tuple[int, compact.Live] | None = None
 
     def share(self, variant: Variant, gate: Gate) -> float:
         """The part of the weight's entries that a variant multiplies under the gate's present mask."""
+        if variant == COMPACT:
+            return self.live(gate).share(gate.shape)
         if variant.merged == (1, 1):
             return 1.0 if variant == DENSE else gate.active_share
         kept = self._shares.get(variant)
@@ -129,6 +137,12 @@ class Table:
         if kept is None or kept[0] != gate.updates:
             kept = self._lists[variant] = gate.updates, index_lists.build(_merged(gate, variant))
         return kept[1]
+
+    def live(self, gate: Gate) -> compact.Live:
+        """What the gate's present mask leaves alive."""
+        if self._live is None or self._live[0] != gate.updates:
+            self._live = gate.updates, compact.Live.of(gate.mask, gate.block, gate.shape)
+        return self._live[1]
 
 
 def table_of(gate: Gate) -> Table | None:
@@ -151,9 +165,13 @@ def compute(role: str, arguments: tuple[Any, ...], gate: Gate, table: Table, spa
         types = Types(moving.dtype, weight.dtype, arguments[at + 2] if role == "forward" else "none")
         if variant.kind == "coarse" and (variant, types) not in node.ready:
             variant = BLOCK_SPARSE  # called with other types than before: building now would stall the step
+    if variant == COMPACT and not gate.active:
+        variant = BLOCK_SPARSE  # nothing is left to make a product of
     started = time.perf_counter()
     if variant == DENSE:
         result = getattr(dense, role)(moving, weight.to(moving.dtype), *arguments[2:])
+    elif variant == COMPACT:
+        result = getattr(compact, role)(dense, table.live(gate), *arguments)
     elif variant == BLOCK_SPARSE:
         result = getattr(sparse, role)(*arguments)
     else:

@@ -43,8 +43,8 @@ def eager(monkeypatch):
         "MARGIN": 0.0,
         "LEAST_SAVED_S": 0.0,
         "FEWEST_CALLS": 1,
-        "FIRST_LOOK": 1,
-        "NEXT_LOOK": 1,
+        "LOOK_EVERY": 1,
+        "SETTLED_LOOK": 1,
         "TRIAL_TURNS": 1,
     }.items():
         monkeypatch.setattr(respecialize, name, value)
@@ -117,7 +117,7 @@ def test_thousands_of_steps_stay_exact_while_masks_flip_and_variants_are_built_a
     train_restlessly(model, run, 200, seen)
     assert counters["stats"]["unique_graphs"] == compiled
     for role in variants.ROLES:
-        assert {"block-sparse", "dense", "coarse 16x16"} <= {name for of, name in seen if of == role}
+        assert {"block-sparse", "dense", "compact", "coarse 16x16"} <= {name for of, name in seen if of == role}
     assert {name for of, name in seen if of == "wgrad"} == {"block-sparse"}
 
 
@@ -236,11 +236,11 @@ def wait_for_builds():
 
 
 def faster_dense(variant, share):
-    return share * {"block-sparse": 1.0, "dense": 0.7, "coarse": 2.0}[variant.kind]
+    return share * {"block-sparse": 1.0, "dense": 0.7}.get(variant.kind, 2.0)
 
 
 def test_the_faster_variant_serves_and_leaves_at_the_boundary_where_the_masks_no_longer_suit_it(monkeypatch, caplog):
-    gate, steps = simulated(monkeypatch, faster_dense)
+    gate, steps = simulated(monkeypatch, faster_dense, block=16)
     monkeypatch.setattr(respecialize, "MOST_BUILDS", 0)
     with caplog.at_level(logging.INFO, logger=respecialize.log.name):
         steps(60)
@@ -254,6 +254,43 @@ def test_the_faster_variant_serves_and_leaves_at_the_boundary_where_the_masks_no
     steps(1)
     assert names(gate) == {"dense"}
     assert respecialize.model_error() < 0.05
+
+
+def test_settled_gates_are_looked_at_rarely_and_in_the_same_steps(monkeypatch):
+    looks = []
+    take_in = respecialize._At.take_in
+    monkeypatch.setattr(respecialize._At, "take_in", lambda self: (looks.append(self.plan), take_in(self))[1])
+    monkeypatch.setattr(respecialize, "LEAST_SAVED_S", float("inf"))
+    seen = []
+    for extra in (0, 7):
+        gate, steps = simulated(monkeypatch, lambda variant, share: share)
+        steps(30 + extra)
+        gate.update_(torch.rand(gate.grid) < 0.5)
+        at = []
+        for step in range(31 + extra, 500):
+            looks.clear()
+            steps(1)
+            at += [step] if looks else []
+        seen.append(at)
+    assert seen == [[31, 50, 100, 200, 300, 400], [38, 50, 100, 200, 300, 400]]
+
+
+def test_a_compact_variant_serves_while_rows_and_columns_are_dead(monkeypatch):
+    def seconds(variant, share):
+        return share * (1.0 if variant.kind != "compact" else 1.5 if share == 1 else 0.6)
+
+    monkeypatch.setattr(respecialize, "MOST_BUILDS", 0)
+    gate, steps = simulated(monkeypatch, seconds)
+    steps(60)
+    assert names(gate) == {"block-sparse"}
+    mask = torch.ones(gate.grid, dtype=torch.bool)
+    mask[::2] = False
+    gate.update_(mask)
+    steps(60)
+    assert names(gate) == {"compact"}
+    gate.update_(~torch.zeros_like(mask))
+    steps(600)  # until measurements outweigh what was measured before
+    assert "compact" not in names(gate)
 
 
 def test_a_coarse_variant_is_built_in_the_background_tried_and_put_in_force(monkeypatch):

@@ -9,7 +9,7 @@ import ctrlcompile as cc
 from ctrlcompile import kernel_choice, variants
 from ctrlcompile.kernels import index_lists
 from ctrlcompile.kernels.window import Window
-from ctrlcompile.variants import BLOCK_SPARSE, DENSE, Variant
+from ctrlcompile.variants import BLOCK_SPARSE, COMPACT, DENSE, Variant
 
 from .kernels.conv_problems import ConvProblem
 from .kernels.problems import AUTOCAST, FLOAT, HALF, Problem
@@ -86,7 +86,7 @@ def fresh(problem, mask):
 
 @pytest.mark.parametrize(
     ("variant", "dtypes", "activation"),
-    [(DENSE, dtypes, activation) for dtypes in (FLOAT, HALF, AUTOCAST) for activation in ("relu", "gelu")]
+    [(way, dtypes, name) for way in (DENSE, COMPACT) for dtypes in (FLOAT, HALF, AUTOCAST) for name in ("relu", "gelu")]
     + [(variant, FLOAT, "none") for variant in COARSE]
     + [(COARSE[2], FLOAT, "gelu_tanh"), (COARSE[2], HALF, "none"), (COARSE[2], AUTOCAST, "relu")],
 )
@@ -101,12 +101,11 @@ def test_a_linear_is_the_same_by_every_variant_under_every_mask(variant, dtypes,
         problem.check_dgrad()
         problem.check_wgrad()
         used = [call.variant for node in problem.kernels.table.nodes.values() for call in node.calls]
-        assert set(used) == {variant}
+        assert set(used) == {variant if mask.any() or variant != COMPACT else BLOCK_SPARSE}
         problem.weight = weight
 
 
-@pytest.mark.parametrize("groups", [1, 2])
-@pytest.mark.parametrize("variant", [DENSE, COARSE[2]])
+@pytest.mark.parametrize(("variant", "groups"), [(DENSE, 1), (DENSE, 2), (COARSE[2], 1), (COARSE[2], 2), (COMPACT, 1)])
 def test_a_convolution_is_the_same_by_every_variant_under_every_mask(variant, groups):
     window = Window((2, 1), ((1, 2), (0, 1)), (1, 2), groups)
     images = (random.randint(1, 3), 40 * groups, random.randint(5, 9), random.randint(7, 9))
@@ -115,9 +114,10 @@ def test_a_convolution_is_the_same_by_every_variant_under_every_mask(variant, gr
         weight, problem.weight = problem.weight, problem.weight.clone()
         fresh(problem, mask)
         gate = gated(problem)
-        assert variant in variants.candidates(gate, groups)
+        dead = not mask.any(1).all() or not mask.any(0).all()
+        assert (variant in variants.candidates(gate, groups)) == (variant != COMPACT or (bool(mask.any()) and dead))
         problem.kernels = Served(gate, variant)
-        problem.check("gelu" if variant == DENSE else "none")
+        problem.check("none" if variant in COARSE else "gelu")
         problem.weight = weight
 
 
@@ -152,6 +152,22 @@ def test_a_variants_share_is_what_it_multiplies():
         assert table.share(coarse, gate) == pytest.approx(float(entries.float().mean()))
         assert table.share(BLOCK_SPARSE, gate) == pytest.approx(gate.active_share)
         assert table.share(DENSE, gate) == 1
+        rows, columns = mask.any(1, keepdim=True), mask.any(0, keepdim=True)
+        live = index_lists.expand(rows & columns, gate.block, gate.shape)
+        assert table.share(COMPACT, gate) == pytest.approx(float(live.float().mean()))
+
+
+def test_live_rows_and_columns_are_multiplied_alone_where_blocks_are_small_and_some_are_dead():
+    for side, groups, offered in ((8, 1, True), (16, 1, False), (8, 2, False)):
+        linear = torch.nn.Linear(64, 96)
+        gate = cc.gates(linear, side)["weight"]
+        assert COMPACT not in variants.candidates(gate, groups)
+        mask = torch.ones(gate.grid, dtype=torch.bool)
+        mask[1] = False
+        gate.update_(mask)
+        assert (COMPACT in variants.candidates(gate, groups)) == offered
+        gate.update_(~torch.ones_like(mask))
+        assert COMPACT not in variants.candidates(gate, groups)
 
 
 def test_calls_are_timed_but_not_while_somebody_looks():

@@ -305,7 +305,7 @@ class Controller:
                 ask=ask,
                 dwell=self._dwell,
                 swap=self._exchange.grant(may_come, float(cost.max())),
-                least=torch.maximum(floor, self._even(ask, held | (floor == self._layout.lengths), cost)),
+                least=self._even(ask, torch.where(held, self._layout.lengths, floor), worth, cost),
                 held=held[self._layout.gate_of],
                 saturating=saturating,
             )
@@ -401,19 +401,22 @@ class Controller:
         """Blocks of each gate that stay at least: all where nobody trains the weight."""
         return torch.where(torch.tensor([gate.trained for gate in self._list]), self._least, self._layout.lengths)
 
-    def _even(self, ask: float, held: Tensor, cost: Tensor) -> Tensor:
-        """Blocks of each gate that no other gate may outbid: EVEN of its even share in what gates `held` [G] leave.
+    def _even(self, ask: float, floor: Tensor, worth: Tensor, cost: Tensor) -> Tensor:
+        """Blocks of each gate that no other may outbid: `floor` [G], and EVEN of its even share in what that leaves.
 
-        What a layer is worth is told by its gradients, and some layers learn late. In two GPTs with a budget of 0.25
-        the validation loss was 2.435 and 1.856 where a gate could fall to MIN_DENSITY, 2.421 and 1.846 with this, 2.399
-        and 1.922 with the same density in every gate (one run each; runs differ by 0.01 by themselves). Before batch
-        norms gates do not outbid one another (see `rating`).
+        What a layer is worth is told by its gradients, and some layers learn late. Blocks without `worth` [N] are not
+        kept for this, and before batch norms gates do not outbid one another (see `rating`). docs/benchmarks.md has the
+        trials.
         """
-        of_held = held[self._layout.gate_of]
-        taken, all_held = float(cost[of_held & self._blocks.active].sum()), float(cost[of_held].sum())
-        density = max(0.0, ask - taken) / (1 - all_held) if all_held < 1 else 0.0
-        blocks = (EVEN * density * self._layout.lengths).long()
-        return torch.where(self._lattice.normalised, 0, blocks)
+        active = self._blocks.active
+        here = active.new_zeros(floor.numel(), dtype=torch.int64).index_add_(0, self._layout.gate_of, active.long())
+        floor = floor.minimum(here)
+        of_gates = torch.zeros(floor.numel(), dtype=cost.dtype).index_add_(0, self._layout.gate_of, cost)
+        taken = float((of_gates * floor / self._layout.lengths).sum())
+        share = EVEN * max(0.0, ask - taken) / (1 - taken) if taken < 1 else 0.0
+        even = floor + (share * (self._layout.lengths - floor)).long()
+        useful = torch.zeros_like(here).index_add_(0, self._layout.gate_of, (active & (worth > 0)).long())
+        return torch.where(self._lattice.normalised, floor, floor.maximum(even.minimum(useful)))
 
     def _lowest(self, floor: Tensor) -> list[float]:
         """Density of each gate with so many blocks."""
