@@ -14,7 +14,7 @@ all steps left, and the run lands.
 The warm-up is worth up to a third of what the run may use, half as much as is then left. |Σ w·g| is small where weights
 are still near their random start, whatever they will be worth: a ranking made before the learning rate is up switches
 off what learns late. In a GPT these are the queries and keys; with all of them gone, neither has a gradient to come
-back by. What is left after it is for the end: the ramp takes no more than a fifth of that.
+back by. What is left after it is for the end: beyond the end's level the ramp uses no more than a fifth of it.
 
 Before batch norms there is next to nothing to wait for: the ranking of blocks within a layer is worth little there (see
 `rating`), and the densities of layers are told by the first steps. What a dense start and a ramp cost, the end pays
@@ -31,7 +31,7 @@ RAMP = (0.15, 0.30)  # share of the run: settled, not settled
 WARM_UP_SPEND = 0.5  # of what is then left of the allowed cost, at most
 HASTE = 0.9  # part by which both are shorter where next to all that can be gated stands before batch norms,
 NORMALISED = 0.9  # which is this share of the gateable FLOPs
-FLOOR = 0.8  # the end level is at least this part of the average allowed after the warm-up
+FLOOR = 0.8  # the end level is at least this part of the average allowed after the warm-up, in runs of known length
 LEAST_SPARED = 1.5  # times the lowest level that the gates can be at, which the end level is at least
 SETTLED = 0.5  # ends the warm-up
 STAIRS = 4  # decisions that the rest of the ramp is given at least
