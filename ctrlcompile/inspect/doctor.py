@@ -121,7 +121,8 @@ def _kernels(device: str) -> Check:
 def probe(device_type: str) -> None:
     """Prints, as JSON, why kernels cannot run on a device, or else their largest error and that of dense products."""
     device, block = torch.device(device_type), (16, 32)
-    torch.backends.cudnn.conv.fp32_precision = "ieee"  # what the reference computes; a process of its own
+    if device_type == "cuda":  # a process of its own: computes as the reference does
+        torch.backends.cudnn.conv.fp32_precision = "ieee"  # type: ignore[attr-defined]
     for family in (kernel_choice.LINEAR, kernel_choice.CONV):
         types = device, torch.float32, torch.float32, block, "relu"
         reason = kernel_choice.why_no_kernel(*types, family=family, strict=True)
