@@ -408,15 +408,17 @@ class Controller:
         kept for this, and before batch norms gates do not outbid one another (see `rating`). docs/benchmarks.md has the
         trials.
         """
-        active = self._blocks.active
-        here = active.new_zeros(floor.numel(), dtype=torch.int64).index_add_(0, self._layout.gate_of, active.long())
-        floor = floor.minimum(here)
-        of_gates = torch.zeros(floor.numel(), dtype=cost.dtype).index_add_(0, self._layout.gate_of, cost)
-        taken = float((of_gates * floor / self._layout.lengths).sum())
+        gate, active = self._layout.gate_of, self._blocks.active
+
+        def count(blocks: Tensor) -> Tensor:
+            return torch.bincount(gate[blocks], minlength=floor.numel())
+
+        least = floor.minimum(count(active))
+        taken = float((torch.bincount(gate, cost) * least / self._layout.lengths).sum())
         share = EVEN * max(0.0, ask - taken) / (1 - taken) if taken < 1 else 0.0
-        even = floor + (share * (self._layout.lengths - floor)).long()
-        useful = torch.zeros_like(here).index_add_(0, self._layout.gate_of, (active & (worth > 0)).long())
-        return torch.where(self._lattice.normalised, floor, floor.maximum(even.minimum(useful)))
+        even = least + (share * (self._layout.lengths - least)).long()
+        kept = even.minimum(count(active & (worth > 0))).maximum(least)
+        return torch.where(self._lattice.normalised, least, kept)
 
     def _lowest(self, floor: Tensor) -> list[float]:
         """Density of each gate with so many blocks."""
