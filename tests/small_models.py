@@ -55,6 +55,12 @@ def error(result: Tensor, exact: Tensor) -> float:
     return float((result.detach().double() - exact.detach()).square().mean().sqrt())
 
 
+def no_worse(error: float, other: float, entries: int) -> bool:
+    """Whether a root mean square error is at most 1.1 times another, up to chance: over so few entries, either's
+    standard error is its part 1 / sqrt(2 * entries), and four of those of the ratio are allowed."""
+    return error <= (1.1 + 4 / entries**0.5) * other
+
+
 def compiled_and_pruned(model: nn.Module, block=8, **settings) -> tuple[nn.Module, dict[str, cc.Gate]]:
     """The compiled model and its gates, with random masks."""
     gates = cc.gates(model, block)
