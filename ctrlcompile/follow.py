@@ -6,7 +6,9 @@ owns gated Parameters: for these and for those in the same graphs, which other o
 AdamW for the rest, say). It runs once in a round, in which each optimizer steps once at most.
 """
 
+import functools
 import logging
+import warnings
 import weakref
 from typing import Any
 
@@ -32,6 +34,7 @@ KEEP_ZERO: tuple[type[torch.optim.Optimizer], ...] = (
 _wanted: weakref.WeakKeyDictionary[Gate, Options] = weakref.WeakKeyDictionary()
 _in_the_open: weakref.WeakKeyDictionary[Gate, weakref.ref[Controller]] = weakref.WeakKeyDictionary()
 _runs: weakref.WeakKeyDictionary[torch.optim.Optimizer, list["_Run"]] = weakref.WeakKeyDictionary()
+_ran: set[bool] = set()  # since the last optimizer step, graphs with a budget: with a gate, without one
 
 
 class _Run:
@@ -54,6 +57,11 @@ def adopt(gate: Gate, options: Options) -> None:
     if gate not in _wanted and gate not in _in_the_open:
         _wanted[gate] = options
         meter.listening = True
+
+
+def ran(gated: bool) -> None:
+    """Notes that a graph with a budget has run, `gated` where it has a gate."""
+    _ran.add(gated)
 
 
 def controller_of(optimizer: torch.optim.Optimizer) -> Controller | None:
@@ -80,6 +88,9 @@ def parameters(optimizer: torch.optim.Optimizer) -> list[Tensor]:
 
 def _after_step(optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     gates = [gate for parameter in parameters(optimizer) if (gate := registry.get(parameter)) is not None]
+    if _ran == {False} and not gates:
+        _warn_dense()
+    _ran.clear()
     if not gates:
         return
     keeps_zero = type(optimizer) in KEEP_ZERO
@@ -132,6 +143,17 @@ def _started(gates: list[Gate]) -> list[_Run]:
         runs.append(_Run(controller))
         logger.info("a controller drives %d gates", len(named))
     return runs
+
+
+@functools.cache
+def _warn_dense() -> None:
+    warnings.warn(
+        "ctrlcompile trains a model densely although it was given a budget: none of its layers can be gated. Gated are "
+        "linears (torch.nn.functional.linear) and convolutions whose weight is a Parameter; "
+        "print(ctrlcompile.explain(model)(*inputs)) tells of each why not",
+        RuntimeWarning,
+        stacklevel=2,
+    )
 
 
 register_optimizer_step_post_hook(_after_step)

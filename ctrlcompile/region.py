@@ -112,6 +112,8 @@ class Region:
                 if self.options.budget is not None:
                     follow.adopt(gate, self.options)
             gates.append(gate)
+        if self.options.budget is not None:
+            follow.ran(gated=any(gate is not None for gate in gates))
         return gates
 
     def gates_by_layer(self, gates: Sequence[Gate | None]) -> list[Gate | None]:

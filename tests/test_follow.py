@@ -1,13 +1,14 @@
 """Optimizers are followed: who drives which gates, and whose state goes with a block."""
 
 import gc
+import warnings
 import weakref
 
 import pytest
 import torch
 
 import ctrlcompile as cc
-from ctrlcompile import BudgetError
+from ctrlcompile import BudgetError, follow
 
 from .small_models import MLP, masked_entries, random_mask
 
@@ -84,6 +85,41 @@ def test_without_a_budget_no_controller_runs():
     step(run, optimizer)
     assert cc.controller_of(optimizer) is None
     assert all(gate.mask.all() for gate in cc.gates(model).values())
+
+
+class Transposed(torch.nn.Module):
+    """A product with a Parameter that is no linear, and a linear where one is asked for."""
+
+    def __init__(self, linear: bool):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.randn(64, 64))
+        self.linear = torch.nn.Linear(64, 64) if linear else torch.nn.Identity()
+
+    def forward(self, x):
+        y = x @ self.weight
+        torch._dynamo.graph_break()
+        return self.linear(y)
+
+
+@pytest.mark.parametrize(
+    ("linear", "options", "warned"),
+    [
+        (False, {"budget": 0.4, "total_steps": 50}, 1),
+        (False, {}, 0),
+        (True, {"budget": 0.9, "total_steps": 50, "block": 8}, 0),
+        (True, {"budget": 0.4, "total_steps": 50, "exclude": ["*linear*"]}, 1),
+    ],
+)
+def test_a_budget_for_a_model_without_a_gate_is_told_of_once(linear, options, warned):
+    model = Transposed(linear)
+    optimizer = torch.optim.AdamW(model.parameters())
+    run = torch.compile(model, backend="ctrlprune", options=options)
+    follow._warn_dense.cache_clear()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(3):
+            step(run, optimizer)
+    assert sum("none of its layers can be gated" in str(w.message) for w in caught) == warned
 
 
 def test_the_state_of_a_block_goes_with_it_whichever_optimizer_owns_it():
