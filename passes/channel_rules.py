@@ -250,7 +250,8 @@ def _cat(call: Call) -> Tensor | None:
     tensors, dim, out = call.argument(0, "tensors"), call.argument(1, "dim", 0), call.sizes(call.node)
     if out is None:
         return None
-    return _concatenated(call, [(call.labels(t), (call.sizes(t) or out)[dim]) for t in tensors], dim, out)
+    pieces = [t for t in tensors if len(call.sizes(t) or out) == len(out)]  # cat leaves out others, which are empty
+    return _concatenated(call, [(call.labels(t), (call.sizes(t) or out)[dim]) for t in pieces], dim, out)
 
 
 def _stack(call: Call) -> Tensor | None:

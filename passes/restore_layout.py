@@ -52,8 +52,8 @@ def _is_conv(node: fx.Node) -> bool:
 
 def _depends_on_layout(node: fx.Node) -> bool:
     if isinstance(node.target, OpOverload | OpOverloadPacket):
-        overload = node.target if isinstance(node.target, OpOverload) else node.target.default
-        return overload.namespace not in OWN
+        packet = node.target.overloadpacket if isinstance(node.target, OpOverload) else node.target
+        return packet._qualified_op_name.partition("::")[0] not in OWN
     return node.target in VIEWS or (isinstance(node.target, HigherOrderOperator) and node.target is not CHECKPOINT)
 
 

@@ -130,6 +130,7 @@ def _(x):
         (lambda y: torch.as_strided(y, (4, 8), (8, 1)), 1),
         (lambda y: flat_sum(y * 2), 1),
         (lambda y: y, 1),
+        (lambda y: torch.ops.aten.slice(y, 1, 0, 16), 1),
         (lambda y: (y.relu(), y.flatten(1), y[0]), 3),
         (lambda y: F.linear(y, torch.ones(4, 8)).view(2, -1), 0),
     ],

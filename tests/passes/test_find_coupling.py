@@ -113,6 +113,7 @@ IMAGE_CHAINS = {
     "flipped": (12, lambda x: x.flip(2, 1)),
     "split_by_name": (6, lambda x: torch.mul(*x.split(split_size=6, dim=1))),
     "concatenated_along_an_axis": (12, lambda x: torch.cat((x[:, 8:], x[:, :8]), axis=1)),
+    "concatenated_with_nothing": (12, lambda x: torch.cat((x.new_empty(0), x), 2)),
     "stacked": (12, lambda x: torch.stack((x[:, ::2], x[:, 1::2]), 2).flatten(1, 2)),
     "indexed": (12, lambda x: x[:, [3, 1, 2, 0, 4, 5, 6, 7, 8, 9, 10, 11]]),
     "unbound": (12, lambda x: torch.stack(x.unbind(1)[::-1], 1)),
@@ -140,6 +141,7 @@ EXACT = [
     "flipped",
     "split_by_name",
     "concatenated_along_an_axis",
+    "concatenated_with_nothing",
     "stacked",
     "rolled",
 ]
