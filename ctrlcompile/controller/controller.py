@@ -16,7 +16,7 @@ from . import checkpoint
 from .budget import Budget, BudgetError, Ledger
 from .contract import Gate, Log, StepCost
 from .coupling import Lattice
-from .decide import Blocks, Decision, Exchange, decide, swap_limit
+from .decide import Blocks, Decision, Exchange, decide, evenly, swap_limit
 from .host import on_cpu
 from .layout import Layout
 from .price import Feedback
@@ -27,7 +27,6 @@ from .signals import Inbox, Signals
 log = logging.getLogger(__name__)
 
 MIN_DENSITY = 0.02  # of each gate's blocks; at least one
-EVEN = 0.5  # of the density asked for, that each gate keeps
 
 
 class Controller:
@@ -305,7 +304,15 @@ class Controller:
                 ask=ask,
                 dwell=self._dwell,
                 swap=self._exchange.grant(may_come, float(cost.max())),
-                least=self._even(ask, torch.where(held, self._layout.lengths, floor), worth, cost),
+                least=evenly(
+                    ask,
+                    torch.where(held, self._layout.lengths, floor),
+                    self._blocks.active,
+                    worth,
+                    cost,
+                    self._layout,
+                    apart=self._lattice.normalised,
+                ),
                 held=held[self._layout.gate_of],
                 saturating=saturating,
             )
@@ -400,25 +407,6 @@ class Controller:
     def _floor(self) -> Tensor:
         """Blocks of each gate that stay at least: all where nobody trains the weight."""
         return torch.where(torch.tensor([gate.trained for gate in self._list]), self._least, self._layout.lengths)
-
-    def _even(self, ask: float, floor: Tensor, worth: Tensor, cost: Tensor) -> Tensor:
-        """Blocks of each gate that no other may outbid: `floor` [G], and EVEN of its even share in what that leaves.
-
-        What a layer is worth is told by its gradients, and some layers learn late. Blocks without `worth` [N] are not
-        kept for this, and before batch norms gates do not outbid one another (see `rating`). docs/benchmarks.md has the
-        trials.
-        """
-        gate, active = self._layout.gate_of, self._blocks.active
-
-        def count(blocks: Tensor) -> Tensor:
-            return torch.bincount(gate[blocks], minlength=floor.numel())
-
-        least = floor.minimum(count(active))
-        taken = float((torch.bincount(gate, cost) * least / self._layout.lengths).sum())
-        share = EVEN * max(0.0, ask - taken) / (1 - taken) if taken < 1 else 0.0
-        even = least + (share * (self._layout.lengths - least)).long()
-        kept = even.minimum(count(active & (worth > 0))).maximum(least)
-        return torch.where(self._lattice.normalised, least, kept)
 
     def _lowest(self, floor: Tensor) -> list[float]:
         """Density of each gate with so many blocks."""

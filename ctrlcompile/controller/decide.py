@@ -23,6 +23,7 @@ from .rating import rank_within, rate
 
 HYSTERESIS = 0.5  # h
 LIFE = 2500  # optimizer steps in which no more than the active cost comes back in exchange for what is switched off
+EVEN = 0.5  # of the density asked for, that each gate keeps
 SWAP_ENDS = 0.75  # of the run: what comes back later has no time to become useful
 NEVER = -(2**30)
 ROUNDING = 1e-9  # of sums of costs
@@ -92,6 +93,28 @@ class Exchange:
     def spend(self, exchanged: float) -> None:
         """Takes off what a decision has exchanged."""
         self.saved = max(0.0, self.saved - exchanged)
+
+
+def evenly(
+    ask: float, floor: Tensor, active: Tensor, worth: Tensor, cost: Tensor, layout: Layout, *, apart: Tensor
+) -> Tensor:
+    """Blocks of each gate that no other may outbid: `floor` [G], and EVEN of its even share in what that leaves.
+
+    What a layer is worth is told by its gradients, and some layers learn late. Blocks without `worth` [N] are not kept
+    for this, nor are those of gates that stand `apart` [G]: before batch norms none outbids another (see `rating`).
+    docs/benchmarks.md has the trials.
+    """
+    gate = layout.gate_of
+
+    def count(blocks: Tensor) -> Tensor:
+        return torch.bincount(gate[blocks], minlength=floor.numel())
+
+    least = floor.minimum(count(active))
+    taken = float((torch.bincount(gate, cost) * least / layout.lengths).sum())
+    share = EVEN * max(0.0, ask - taken) / (1 - taken) if taken < 1 else 0.0
+    even = least + (share * (layout.lengths - least)).long()
+    kept = even.minimum(count(active & (worth > 0))).maximum(least)
+    return torch.where(apart, least, kept)
 
 
 def swap_limit(step: int, steps: int, total_steps: int | None) -> float:

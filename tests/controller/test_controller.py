@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ctrlcompile.controller import Budget, BudgetError, Controller, StepCost, decide
-from ctrlcompile.controller.controller import EVEN
+from ctrlcompile.controller.decide import EVEN
 
 from .plant import FakeGate, Net, Plant
 
@@ -135,7 +135,7 @@ def test_a_budget_near_the_least_is_met_though_small_gates_cannot_thin_out():
 
 
 def test_every_gate_keeps_a_few_blocks_however_useless(monkeypatch):
-    monkeypatch.setattr("ctrlcompile.controller.controller.EVEN", 0.0)
+    monkeypatch.setattr("ctrlcompile.controller.decide.EVEN", 0.0)
     plant = Plant(SHAPES, seed=fresh_seed())
     plant.useful[1] *= 1e-6
     controller = Controller(plant.gates, plant.meter, 0.3, 300)
