@@ -65,12 +65,13 @@ def ran(gated: bool) -> None:
 
 
 def controller_of(optimizer: torch.optim.Optimizer) -> Controller | None:
-    """The controller that the one-line form runs from this optimizer; None before its first step.
+    """The controller that the one-line form runs from this optimizer, bare or in a trainer's wrapper; None before its
+    first step.
 
     Its `state_dict()` belongs into a checkpoint. A run is resumed in the open, where the controller is there before the
     first step: `Controller(model, budget=..., total_steps=..., optimizer=optimizer).load_state_dict(state)`.
     """
-    runs = _runs.get(optimizer)
+    runs = _joined(_gates(optimizer))
     return runs[0].controller if runs else None
 
 
@@ -86,8 +87,13 @@ def parameters(optimizer: torch.optim.Optimizer) -> list[Tensor]:
     return [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
 
+def _gates(optimizer: torch.optim.Optimizer) -> list[Gate]:
+    """Those of the Parameters that an optimizer steps."""
+    return [gate for parameter in parameters(optimizer) if (gate := registry.get(parameter)) is not None]
+
+
 def _after_step(optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    gates = [gate for parameter in parameters(optimizer) if (gate := registry.get(parameter)) is not None]
+    gates = _gates(optimizer)
     if _ran == {False} and not gates:
         _warn_dense()
     _ran.clear()

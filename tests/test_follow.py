@@ -57,6 +57,25 @@ def test_two_optimizers_of_one_model_share_a_controller_that_runs_once_a_round()
         assert not optimizer.state[gate.weight]["exp_avg"][gone].any()
 
 
+class Wrapper(torch.optim.Optimizer):
+    """An optimizer as trainers hand it out: around the one that steps, with the same groups."""
+
+    def __init__(self, optimizer):
+        self.optimizer = optimizer
+
+    param_groups = property(lambda self: self.optimizer.param_groups)
+
+
+def test_an_optimizer_in_a_wrapper_has_the_controller_of_what_it_wraps():
+    model = MLP(64, 96, 64)
+    optimizer = torch.optim.AdamW(model.parameters())
+    run = torch.compile(model, backend="ctrlprune", options={"budget": 0.7, "block": 8})
+    assert cc.controller_of(Wrapper(optimizer)) is None
+    step(run, optimizer)
+    assert cc.controller_of(Wrapper(optimizer)) is cc.controller_of(optimizer) is not None
+    assert cc.controller_of(Wrapper(torch.optim.AdamW(MLP().parameters()))) is None
+
+
 def test_an_optimizer_that_takes_over_goes_on_with_the_run():
     model = MLP(64, 96, 64)
     first, second = (torch.optim.AdamW(model.parameters(), 1e-3) for _ in range(2))
