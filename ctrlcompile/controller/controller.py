@@ -197,7 +197,7 @@ class Controller:
         if left == 0:
             self._probing = []
             self._note(self._planned, 0, 0)
-            log.info("step %d, the last: %.4f of the dense FLOPs used", self.steps, self._used_share())
+            self._tell_share()
         elif left == -1:
             log.info("past total_steps=%d: holding density %.3f", self.total_steps, self.density)
         elif self.steps >= self._next and self._ledger.gated and (left is None or left > 0):
@@ -241,10 +241,12 @@ class Controller:
         # In the first step, an optimizer whose turn comes later has not been seen yet.
         least = ledger.least(left, self._lowest(self._least if ledger.measured == 1 else self._floor()))
         if least > self.budget.flops:
+            rest = "" if self.total_steps is None else f" and {left} steps are left"
             raise BudgetError(
                 f"budget: got {self.budget.flops:g}; {ledger.average_fixed / ledger.average_dense:.3f} of this model's "
-                f"training FLOPs cannot be gated, so the least that it can meet is {math.ceil(least * 1e3) / 1e3:.3f}. "
-                f"Ask for that or more, or gate more of the model"
+                f"training FLOPs cannot be gated{rest}, so the least that it can meet is "
+                f"{math.ceil(least * 1e3) / 1e3:.3f}. Ask for that or more, gate more of the model or, in a short run, "
+                "train longer"
             )
 
     def _decide(self, left: int | None) -> None:
@@ -425,8 +427,18 @@ class Controller:
         scale = torch.tensor(per_gate, dtype=torch.float64)
         return self._layout.area * (scale / scale.sum())[self._layout.gate_of]
 
-    def _used_share(self) -> float:
-        return self._ledger.used / self._ledger.dense if self._ledger.dense else 0.0
+    def _tell_share(self) -> None:
+        """At the end of the run: what it used and, where that is over the budget by more than 1 %, a warning."""
+        share = self._ledger.used / self._ledger.dense if self._ledger.dense else 0.0
+        if share <= 1.01 * self.budget.flops:
+            log.info("step %d, the last: %.4f of the dense FLOPs used", self.steps, share)
+            return
+        silent = int((~self._signals.reported()).sum())
+        why = f": {silent} of {len(self._list)} gates never had a finite gradient" if silent else ""
+        log.warning(
+            "step %d, the last: %.4f of the dense FLOPs used, more than the budget of %g%s",
+            self.steps, share, self.budget.flops, why,
+        )  # fmt: skip
 
 
 def _natural(name: str) -> list[int | str]:
