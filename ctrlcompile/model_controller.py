@@ -29,7 +29,7 @@ class Controller(controller.Controller):
         total_steps: optimizer steps of the whole run; None: the budget is a rate to hold.
         optimizer: the one, or the several, that step the model's Parameters; state of a pruned block is zeroed with it.
         block, exclude: as for `ctrlcompile.gates`.
-        interval: optimizer steps between decisions; by default a hundredth of the run, 1 to 50.
+        interval: optimizer steps between decisions; by default a hundredth of the run, 5 to 50.
         log: folder for the run's log, which `ctrlcompile report` reads; a resumed run goes on in the same.
 
     Raises:

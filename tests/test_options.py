@@ -1,11 +1,18 @@
 """What options= and mode= may say, and the errors that say what is allowed."""
 
+import ast
+import dataclasses
+import re
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
 
 from ctrlcompile import Budget
-from ctrlcompile.options import MODES, inductor_patches, parse
+from ctrlcompile.options import MODES, Options, inductor_patches, parse
+
+GUIDE = Path(__file__).parent.parent / "docs" / "guide.md"
 
 
 def test_no_options_gate_with_every_block_active_and_no_controller():
@@ -81,3 +88,11 @@ def test_allowed_modes_are_settings_of_inductor_without_cuda_graphs():
 def test_a_refused_mode_names_those_that_work(mode):
     with pytest.raises(ValueError, match=rf"mode '{mode}'.*max-autotune-no-cudagraphs.*CUDA graph"):
         inductor_patches(mode)
+
+
+def test_the_guide_has_a_row_for_every_option_with_its_default():
+    (table,) = re.findall(r"^\| option \|.*\n\|[- |]+\n((?:\|.*\n)+)", GUIDE.read_text(), re.M)
+    rows = [[cell.strip(" `") for cell in row.split("|")] for row in table.splitlines()]
+    assert {row[1]: ast.literal_eval(row[3]) for row in rows} == {
+        field.name: field.default for field in dataclasses.fields(Options)
+    }
