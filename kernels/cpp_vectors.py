@@ -47,6 +47,7 @@ _PRIMITIVES = """\
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
+#include <new>
 #include <type_traits>
 #include <omp.h>
 

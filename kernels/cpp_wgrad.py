@@ -1,10 +1,12 @@
 """C++ for the weight gradient: for each listed block and tap, a product over all rows.
 
-The plan of one call: rows are taken in tiles that fit the caches (`cpp_window`; a linear has one tap, and its pixels
-are its rows), the two panels of a block the second-level one; a tile of both inputs is packed by columns of blocks;
-then every listed block multiplies its two panels, once for each tap. Its sums are kept in float32 from tile to tile, in
-a buffer of their own; the last tile rounds and writes them, together with the block's two signals. Probed blocks take
-the same way without being written; all other blocks are written zero.
+The plan of one call: a task is a chunk of the weight's grid, for a slice of the rows. Its thread takes the rows in
+tiles (`cpp_window`; a linear has one tap, and its pixels are its rows) so small that the two panels of a block fit the
+first-level cache: it packs the chunk's columns of both inputs, by blocks, and multiplies the two panels of each listed
+block, once for each tap. Panels and sums are the thread's own, so that no thread waits for another, and chunks are as
+large as leaves both in the second-level cache, since each packs its columns anew. Sums are float32 until all rows are
+in; then they are rounded and written, together with the block's two signals. Probed blocks take the same way without
+being written; all other blocks are written zero.
 """
 
 import torch
@@ -70,13 +72,13 @@ template <int WIDTH> INLINE void copy(const x_t* from, int64_t size, float* to) 
   }
 }
 
-// Rows or pixels [first, last) of a tile, for the blocks of columns that are used. A few at a time and block by block:
-// reads then follow as many streams as there are rows, and writes are one.
+// Rows or pixels [first, last) of a tile, for those of so many `blocks` of columns that are used; n or k columns are
+// left. A few at a time and block by block: reads then follow as many streams as there are rows, and writes are one.
 
 // Rows of g to [block][group of columns][row][column of the group].
-void pack_g(const x_t* g, const int64_t* from, int64_t n, const char* used, int64_t first, int64_t last, int64_t size,
-            float* to) {
-  for (int64_t b = 0; b * OUT < n; ++b, g += OUT, to += size * OUT) {
+void pack_g(const x_t* g, const int64_t* from, int64_t n, int64_t blocks, const char* used, int64_t first,
+            int64_t last, int64_t size, float* to) {
+  for (int64_t b = 0; b < blocks; ++b, g += OUT, to += size * OUT) {
     if (!used[b]) continue;
     for_groups([&](auto group, int at) {
       constexpr int SIZE = decltype(group)::value;
@@ -87,9 +89,9 @@ void pack_g(const x_t* g, const int64_t* from, int64_t n, const char* used, int6
 }
 
 // Pixels of x to [block][strip][pixel][column].
-void pack_x(const x_t* x, const int64_t* from, int64_t k, const char* used, int64_t first, int64_t last, int64_t size,
-            float* to) {
-  for (int64_t b = 0; b * IN < k; ++b, x += IN, to += size * IN) {
+void pack_x(const x_t* x, const int64_t* from, int64_t k, int64_t blocks, const char* used, int64_t first,
+            int64_t last, int64_t size, float* to) {
+  for (int64_t b = 0; b < blocks; ++b, x += IN, to += size * IN) {
     if (!used[b]) continue;
 $COPIES
   }
@@ -191,102 +193,213 @@ void clear_row(const int32_t* list, int length, int64_t r, int64_t columns, cons
 
 // ---- the plan ------------------------------------------------------------------------------------------------------
 
+constexpr int64_t BLOCK_BYTES = 4 * OUT * IN;
+
+// The grid is cut into chunks, each group's alike, and the rows into slices, so that all threads have tasks enough; of
+// the cuts that give as many, into that which moves the fewest bytes: what is packed for each chunk, and the sums,
+// where they do not stay in the cache, or where slices are joined.
 struct Plan {
-  int64_t height, width, blocks;  // of the weight's grid
+  int64_t height, width, entries;  // of the weight's grid; how many blocks are listed and probed at most
   Tiles tiles;
-  int64_t g_floats, x_floats, sums_floats, table_bytes;
-  Plan(const Geometry& g, int64_t groups, int64_t n, int64_t k, int64_t probes, int64_t tile_bytes,
-       int64_t panel_bytes)
+  int64_t rows = 0, columns = 0;             // blocks of a chunk
+  int64_t down = 0, across = 0, slices = 0;  // chunks of a group; slices of the rows
+  int64_t chunks = 0, tasks = 0, g_floats = 0, x_floats = 0;
+
+  Plan(const Geometry& g, int64_t groups, int64_t n, int64_t k, int64_t entries, int64_t first_bytes,
+       int64_t second_bytes, int threads)
       : height((n + OUT - 1) / OUT),
         width((k + IN - 1) / IN),
-        blocks(height * width),
-        tiles(g, 128, 512, 8, [&](const Tiles& t) {
-          return 4 * (t.rows * n + t.pixels * groups * k) <= tile_bytes &&
-                 4 * (t.rows * OUT + t.pixels * IN) <= panel_bytes;
-        }) {
-    g_floats = height * OUT * tiles.rows;
-    x_floats = groups * width * IN * tiles.pixels;
-    sums_floats = tiles.count > 1 ? (blocks + probes) * g.taps * OUT * IN : 0;
-    table_bytes = Tile::bytes(tiles);
+        entries(entries),
+        tiles(g, 128, 512, 8, [&](const Tiles& t) { return 4 * (t.rows * OUT + t.pixels * IN) <= first_bytes; }) {
+    const int64_t wanted = threads > 1 ? 4 * threads : 1, all_sums = entries * g.taps * BLOCK_BYTES;
+    const int64_t group_height = height / groups, g_bytes = 4 * tiles.rows * OUT, x_bytes = 4 * tiles.pixels * IN;
+    int64_t most = 0, least = 0;  // of tasks, up to those wanted; of bytes
+    for (int64_t r = group_height, next_r; r > 0; r = next_r) {
+      next_r = r > 1 ? (r + 1) / 2 : 0;
+      for (int64_t c = width, next_c; c > 0; c = next_c) {
+        next_c = c > 1 ? (c + 1) / 2 : 0;
+        const int64_t d = (group_height + r - 1) / r, a = (width + c - 1) / c, cut = groups * d * a;
+        const int64_t s = std::max<int64_t>(1, std::min((wanted + cut - 1) / cut, tiles.count));
+        int64_t moved = tiles.count * groups * (group_height * g_bytes * a + width * x_bytes * d);
+        if (r * g_bytes + c * x_bytes + all_sums / cut > second_bytes) moved += 2 * tiles.count * all_sums;
+        if (s > 1) moved += 2 * s * all_sums;
+        const int64_t enough = std::min(cut * s, wanted);
+        if (enough > most || (enough == most && moved < least)) {
+          most = enough, least = moved;
+          rows = r, columns = c, down = d, across = a, slices = s;
+        }
+      }
+    }
+    chunks = groups * down * across;
+    tasks = chunks * slices;
+    g_floats = rows * OUT * tiles.rows;
+    x_floats = columns * IN * tiles.pixels;
+  }
+};
+
+// What is the same for all tasks.
+struct Call {
+  const Plan& p;
+  const x_t *g, *x;
+  int64_t n, k, groups, taps;
+  Weight weight;
+  const Entry* entries;  // chunk by chunk
+  const int64_t* begin;  // of each chunk
+  const Tile* tiles;
+  float* sums;   // [slice][entry][tap][OUT][IN]
+  float* parts;  // [entry][tap][2], of the signals
+};
+
+// Multiplies the entries of a chunk for a slice of the rows; `panels` has room for a tile of both inputs, and for which
+// of their columns are used.
+void work(const Call& c, int64_t task, float* panels) {
+  const Plan& p = c.p;
+  const int64_t chunk = task / p.slices, slice = task % p.slices, taps = c.taps;
+  const int64_t first_entry = c.begin[chunk], last_entry = c.begin[chunk + 1];
+  if (first_entry == last_entry) return;
+  const int64_t group = chunk / (p.down * p.across), group_rows = p.height / c.groups;
+  const int64_t row = group * group_rows + chunk / p.across % p.down * p.rows, column = chunk % p.across * p.columns;
+  const int64_t rows = std::min((group + 1) * group_rows - row, p.rows);
+  const int64_t columns = std::min(p.width - column, p.columns);
+  const x_t *const g = c.g + row * OUT, *const x = c.x + group * c.k + column * IN;
+  const Size size = {p.tiles.rows, p.tiles.pixels};
+  float *const packed_g = panels, *const packed_x = panels + p.g_floats;
+  char *const used_rows = (char*)(packed_x + p.x_floats), *const used_columns = used_rows + p.rows;
+  std::memset(used_rows, 0, p.rows + p.columns);
+  for (int64_t i = first_entry; i < last_entry; ++i)
+    used_rows[c.entries[i].row - row] = used_columns[c.entries[i].column - column] = 1;
+  const int64_t first = part(p.tiles.count, p.slices, slice), last = part(p.tiles.count, p.slices, slice + 1);
+  for (int64_t q = first; q < last; ++q) {
+    const Tile& tile = c.tiles[q];
+    for (int64_t m = 0; m < tile.phase->count; m += 8)
+      pack_g(g, tile.phase->to, c.n - row * OUT, rows, used_rows, m, std::min(m + 8, tile.phase->count), size.rows,
+             packed_g);
+    for (int64_t m = 0; m < tile.pixels; m += 8)
+      pack_x(x, tile.from, c.k - column * IN, columns, used_columns, m, std::min(m + 8, tile.pixels), size.pixels,
+             packed_x);
+    for (int64_t i = first_entry; i < last_entry; ++i) {
+      const Entry& e = c.entries[i];
+      for (int64_t t = 0; t < taps; ++t) {
+        float* const sums = c.sums + ((slice * p.entries + i) * taps + t) * OUT * IN;
+        if (q == first) std::memset(sums, 0, BLOCK_BYTES);
+        product(packed_g + (e.row - row) * size.rows * OUT, packed_x + (e.column - column) * size.pixels * IN, tile,
+                tile.tap_at[t], size, sums);
+        float* const signals = c.parts + 2 * (i * taps + t);
+        if (p.slices == 1 && q + 1 == last) finish(e, t, sums, c.weight, signals, signals + 1);
+      }
+    }
+  }
+}
+
+// Adds what the slices have for an entry, in their order.
+void join(const Call& c, int64_t i) {
+  const int64_t taps = c.taps;
+  for (int64_t t = 0; t < taps; ++t) {
+    float* const sums = c.sums + (i * taps + t) * OUT * IN;
+    for (int64_t s = 1; s < c.p.slices; ++s) {
+      const float* const others = sums + s * c.p.entries * taps * OUT * IN;
+      for (int64_t j = 0; j < OUT * IN; ++j) sums[j] += others[j];
+    }
+    float* const signals = c.parts + 2 * (i * taps + t);
+    finish(c.entries[i], t, sums, c.weight, signals, signals + 1);
+  }
+}
+
+// Sorts what is listed, and what is probed, by chunks.
+void set_entries(const Plan& p, int64_t groups, const int32_t* offsets, const int32_t* indices, const int32_t* probes,
+                 int64_t probe_count, Entry* entries, int64_t* begin) {
+  const int64_t group_rows = p.height / groups;
+  int64_t count = 0;
+  for (int64_t chunk = 0; chunk < p.chunks; ++chunk) {
+    begin[chunk] = count;
+    const int64_t group = chunk / (p.down * p.across);
+    const int64_t top = group * group_rows + chunk / p.across % p.down * p.rows;
+    const int64_t bottom = std::min(top + p.rows, (group + 1) * group_rows);
+    const int64_t left = chunk % p.across * p.columns, right = std::min(left + p.columns, p.width);
+    for (int64_t r = top; r < bottom; ++r) {
+      const int32_t *const end = indices + offsets[r + 1], *c = std::lower_bound(indices + offsets[r], end, left);
+      for (; c < end && *c < right; ++c) entries[count++] = {(int32_t)r, *c, true};
+    }
+    for (int64_t i = 0; i < probe_count; ++i) {
+      const int64_t r = probes[i] / p.width, c = probes[i] % p.width;
+      if (probes[i] >= 0 && top <= r && r < bottom && left <= c && c < right)
+        entries[count++] = {(int32_t)r, (int32_t)c, false};
+    }
+  }
+  begin[p.chunks] = count;
+}
+
+// Where in the scratch things lie.
+struct Memory {
+  int64_t bytes = 0;
+  int64_t tiles, tables, begin, entries, parts, sums, panel_bytes, panels;
+
+  Memory(const Plan& p, int64_t taps, int threads)
+      : tiles(take(p.tiles.count * (int64_t)sizeof(Tile))),
+        tables(take(p.tiles.count * Tile::bytes(p.tiles))),
+        begin(take((p.chunks + 1) * (int64_t)sizeof(int64_t))),
+        entries(take(p.entries * (int64_t)sizeof(Entry))),
+        parts(take(p.entries * taps * 2 * (int64_t)sizeof(float))),
+        sums(take(p.slices * p.entries * taps * BLOCK_BYTES)),
+        panel_bytes(rounded((p.g_floats + p.x_floats) * (int64_t)sizeof(float) + p.rows + p.columns)),
+        panels(take(threads * panel_bytes)) {}
+
+  static int64_t rounded(int64_t size) { return (size + 63) / 64 * 64; }
+
+  int64_t take(int64_t size) {
+    bytes += rounded(size);
+    return bytes - rounded(size);
   }
 };
 
 }  // namespace
 
 // Bytes of scratch that run() needs.
-extern "C" int64_t scratch_bytes(const Geometry* g, int64_t groups, int64_t n, int64_t k, int64_t probes,
-                                 int64_t tile_bytes, int64_t panel_bytes) {
-  const Plan p(*g, groups, n, k, probes, tile_bytes, panel_bytes);
-  const int64_t floats = p.g_floats + p.x_floats + p.sums_floats + 2 * (p.blocks + probes) * g->taps;
-  return p.table_bytes + 4 * floats + (p.blocks + probes) * (int64_t)sizeof(Entry) + p.height + groups * p.width;
+extern "C" int64_t scratch_bytes(const Geometry* g, int64_t groups, int64_t n, int64_t k, int64_t entries,
+                                 int64_t first_bytes, int64_t second_bytes, int threads) {
+  const Plan p(*g, groups, n, k, entries, first_bytes, second_bytes, threads);
+  return Memory(p, g->taps, threads).bytes;
 }
 
 // x and g as `geometry` has x and y, in one phase; weight and gradient [n, k, taps], of whose rows each group has as
-// many, and k inputs of its own; signals [2, blocks].
+// many, and k inputs of its own; signals [2, blocks]. At most `entries` blocks are listed and probed; the panels of a
+// block shall take no more than `first_bytes`, all that a task works on no more than `second_bytes`.
 extern "C" void run(const Geometry* geometry, const x_t* g, const x_t* x, const w_t* weight, int64_t w_out,
                     int64_t w_in, int64_t w_tap, const int32_t* offsets, const int32_t* indices, const int32_t* probes,
                     int64_t probe_count, w_t* gradient, float* signals, int64_t groups, int64_t n, int64_t k,
-                    int64_t tile_bytes, int64_t panel_bytes, int threads, char* scratch) {
-  const Plan p(*geometry, groups, n, k, probe_count, tile_bytes, panel_bytes);
-  const int64_t taps = geometry->taps;
-  const Weight w = {weight, n, k, taps, {w_out, w_in, w_tap}, gradient};
-  const Size size = {p.tiles.rows, p.tiles.pixels};
-  Tile tile(p.tiles, scratch);
-  float* const packed_g = (float*)(scratch + p.table_bytes);
-  float* const packed_x = packed_g + p.g_floats;
-  float* const kept = packed_x + p.x_floats;
-  float* const parts = kept + p.sums_floats;  // of the signals: two for each tap of each entry
-  Entry* const entries = (Entry*)(parts + 2 * (p.blocks + probe_count) * taps);
-  char* const used_rows = (char*)(entries + p.blocks + probe_count);
-  char* const used_columns = used_rows + p.height;
-  std::memset(used_rows, 0, p.height + groups * p.width);
-  int64_t count = 0;
-  auto panel_of_x = [&](int64_t r, int64_t c) { return r * groups / p.height * p.width + c; };
-  auto add = [&](int64_t r, int64_t c, bool written) {
-    entries[count++] = {(int32_t)r, (int32_t)c, written};
-    used_rows[r] = used_columns[panel_of_x(r, c)] = 1;
-  };
-  for (int64_t r = 0; r < p.height; ++r)
-    for (int j = offsets[r]; j < offsets[r + 1]; ++j) add(r, indices[j], true);
-  for (int64_t i = 0; i < probe_count; ++i)
-    if (probes[i] >= 0) add(probes[i] / p.width, probes[i] % p.width, false);
-  const int64_t grain = count < 4 * threads ? 1 : taps == 1 ? 2 : taps;  // all taps of a block write the same lines
+                    int64_t entries, int64_t first_bytes, int64_t second_bytes, int threads, char* scratch) {
+  const Plan p(*geometry, groups, n, k, entries, first_bytes, second_bytes, threads);
+  const Memory memory(p, geometry->taps, threads);
+  const int64_t taps = geometry->taps, blocks = p.height * p.width;
+  Tile* const tiles = (Tile*)(scratch + memory.tiles);
+  Entry* const list = (Entry*)(scratch + memory.entries);
+  int64_t* const begin = (int64_t*)(scratch + memory.begin);
+  const Call c = {p, g, x, n, k, groups, taps, {weight, n, k, taps, {w_out, w_in, w_tap}, gradient}, list, begin, tiles,
+                  (float*)(scratch + memory.sums), (float*)(scratch + memory.parts)};
+  set_entries(p, groups, offsets, indices, probes, probe_count, list, begin);
+  const int64_t count = begin[p.chunks];
 
 #pragma omp parallel num_threads(threads)
   {
-#pragma omp for schedule(dynamic, 4)
+#pragma omp for schedule(dynamic, 4) nowait
     for (int64_t r = 0; r < p.height; ++r)
-      clear_row(indices + offsets[r], offsets[r + 1] - offsets[r], r, p.width, w, signals, p.blocks);
-
-    for (int64_t q = 0; q < p.tiles.count; ++q) {
-#pragma omp single
-      tile.set(p.tiles, q);
-#pragma omp for schedule(dynamic, 1) nowait
-      for (int64_t m = 0; m < tile.phase->count; m += 8)
-        pack_g(g, tile.phase->to, n, used_rows, m, std::min(m + 8, tile.phase->count), size.rows, packed_g);
+      clear_row(indices + offsets[r], offsets[r + 1] - offsets[r], r, p.width, c.weight, signals, blocks);
+#pragma omp for schedule(static)
+    for (int64_t q = 0; q < p.tiles.count; ++q)
+      (new (tiles + q) Tile(p.tiles, scratch + memory.tables + q * Tile::bytes(p.tiles)))->set(p.tiles, q);
 #pragma omp for schedule(dynamic, 1)
-      for (int64_t m = 0; m < tile.pixels; m += 8)
-        for (int64_t group = 0; group < groups; ++group)
-          pack_x(x + group * k, tile.from, k, used_columns + group * p.width, m, std::min(m + 8, tile.pixels),
-                 size.pixels, packed_x + group * p.width * IN * size.pixels);
-#pragma omp for schedule(dynamic, grain)
-      for (int64_t i = 0; i < count * taps; ++i) {
-        const Entry e = entries[i / taps];
-        const int64_t t = i % taps;
-        alignas(64) float local[OUT * IN];
-        float* const sums = p.tiles.count > 1 ? kept + i * OUT * IN : local;
-        if (q == 0) std::memset(sums, 0, sizeof local);
-        product(packed_g + e.row * size.rows * OUT, packed_x + panel_of_x(e.row, e.column) * size.pixels * IN, tile,
-                tile.tap_at[t], size, sums);
-        if (q + 1 == p.tiles.count) finish(e, t, sums, w, parts + 2 * i, parts + 2 * i + 1);
-      }
+    for (int64_t i = 0; i < p.tasks; ++i)
+      work(c, i, (float*)(scratch + memory.panels + omp_get_thread_num() * memory.panel_bytes));
+    if (p.slices > 1) {
+#pragma omp for schedule(dynamic, 1)
+      for (int64_t i = 0; i < count; ++i) join(c, i);
     }
 #pragma omp for schedule(static)
     for (int64_t i = 0; i < count; ++i) {
-      const int64_t at = (int64_t)entries[i].row * p.width + entries[i].column;
+      const int64_t at = (int64_t)list[i].row * p.width + list[i].column;
       for (int64_t t = 0; t < taps; ++t) {
-        signals[at] += parts[2 * (i * taps + t)];
-        signals[p.blocks + at] += parts[2 * (i * taps + t) + 1];
+        signals[at] += c.parts[2 * (i * taps + t)];
+        signals[blocks + at] += c.parts[2 * (i * taps + t) + 1];
       }
     }
   }

@@ -24,7 +24,7 @@ Block = tuple[int, int]
 Geometry = ctypes.Array[ctypes.c_int64]
 
 _DTYPES = ((torch.float32, torch.float32), (torch.bfloat16, torch.bfloat16), (torch.bfloat16, torch.float32))
-_PACKED_BYTES = 4 << 20  # of all panels of a tile in the weight gradient, to be read from the last-level cache
+_PANEL_BYTES = 32 << 10  # of the two panels of a block in the weight gradient, to be read from the first-level cache
 
 
 def supported(x_dtype: torch.dtype, weight_dtype: torch.dtype, block: Block) -> str | None:
@@ -70,12 +70,13 @@ def wgrad(
     """
     library = _wgrad_library(block, x.dtype, weight.dtype, isa.current())
     n, k = grad_weight.shape[:2]
-    cached = _second_level_bytes() // 2
-    scratch = _scratch(library.scratch_bytes(geometry, groups, n, k, probes.numel(), _PACKED_BYTES, cached))
+    entries = int(lists.crow_indices[-1]) + probes.numel()
+    plan = groups, n, k, entries, _PANEL_BYTES, _second_level_bytes() * 3 // 4, torch.get_num_threads()
+    scratch = _scratch(library.scratch_bytes(geometry, *plan))
     library.run(
         geometry, grad_z.data_ptr(), x.data_ptr(), weight.data_ptr(), *weight.stride(), lists.crow_indices.data_ptr(),
         lists.col_indices.data_ptr(), probes.data_ptr(), probes.numel(), grad_weight.data_ptr(), signals.data_ptr(),
-        groups, n, k, _PACKED_BYTES, cached, torch.get_num_threads(), scratch.data_ptr(),
+        *plan, scratch.data_ptr(),
     )  # fmt: skip
 
 
@@ -108,7 +109,7 @@ def _rows_library(
 def _wgrad_library(block: Block, x_dtype: torch.dtype, weight_dtype: torch.dtype, target: isa.Isa) -> ctypes.CDLL:
     source = cpp_wgrad.source(target, block, x_dtype, weight_dtype)
     library = build.load(_name("wgrad", block, x_dtype, weight_dtype, target), source, target.flags)
-    return _declare(library, "p p p p l l l p p p l p p l l l l l i p", "p l l l l l l")
+    return _declare(library, "p p p p l l l p p p l p p l l l l l l i p", "p l l l l l l i")
 
 
 def _name(role: str, block: Block, x_dtype: torch.dtype, weight_dtype: torch.dtype, target: isa.Isa) -> str:

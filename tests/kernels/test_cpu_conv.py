@@ -94,7 +94,7 @@ def test_pixels_are_shared_out_completely(threads, name):
 
 @pytest.mark.parametrize("name", ["3x3", "stride 2", "volumes", "groups that end in a partial block"])
 def test_small_tiles_add_up(name, monkeypatch):
-    monkeypatch.setattr(cpu_product, "_PACKED_BYTES", 0)
+    monkeypatch.setattr(cpu_product, "_PANEL_BYTES", 0)
     monkeypatch.setattr(cpu_product, "_second_level_bytes", lambda: 0)
     _, channels, *size = SHAPES[name][0]
     outputs, *rest = SHAPES[name][1:]

@@ -94,10 +94,12 @@ def test_many_rows_are_shared_out_completely(threads, m, k, n):
         torch.set_num_threads(before)
 
 
-def test_sums_are_kept_between_chunks_of_rows(monkeypatch):
-    monkeypatch.setattr(cpu_product, "_PACKED_BYTES", 0)  # the smallest chunks
+@pytest.mark.parametrize("cached", [0, 1 << 30])
+def test_small_tiles_and_chunks_of_any_size_add_up(cached, monkeypatch):
+    monkeypatch.setattr(cpu_product, "_PANEL_BYTES", 0)
+    monkeypatch.setattr(cpu_product, "_second_level_bytes", lambda: cached)
     for dtypes in (FLOAT, HALF):
-        Problem.random(500, 70, 100, (32, 32), 0.5, dtypes).check_wgrad()
+        Problem.random(500, 200, 300, (32, 32), 0.5, dtypes).check_wgrad()
 
 
 @pytest.mark.parametrize("mask", ["empty row", "empty column", "all masked"])
