@@ -45,7 +45,8 @@ class Gate:
     Attributes:
         name: the Parameter's name, as in `named_parameters()`.
         shape: of the weight, `(out, in)`; of a convolution's in channels, `(out, in / groups)`.
-        block: `(block_out, block_in)`, likewise; a block of a convolution's weight spans the whole window.
+        transposed: whether the weight is stored `(in, out)`, as in `x @ weight`: its block columns are the outputs.
+        block: sides of a block along these dimensions; a block of a convolution's weight spans the whole window.
         grid: `(R, C)`, number of block rows and block columns; the last ones may be partial.
         lists: index lists of the active blocks, int32, rewritten in place by `update_`.
         probes: int32 `[P]`, flat ids `r * C + c` of the inactive blocks whose gradient is measured, padded with -1.
@@ -57,10 +58,11 @@ class Gate:
     """
 
     @on_cpu
-    def __init__(self, weight: Tensor, block: Block, name: str) -> None:
+    def __init__(self, weight: Tensor, block: Block, name: str, transposed: bool = False) -> None:
         check_block(block, weight.shape, name)
         self.name = name
         self.shape: tuple[int, int] = (weight.shape[0], weight.shape[1])
+        self.transposed = transposed
         self.block = block
         self.grid = index_lists.grid_shape(self.shape, block)
         device, (rows, columns) = weight.device, self.grid
@@ -282,11 +284,16 @@ class Registry:
         """The gate whose lists begin with this tensor, or an alias of it."""
         return self._by_lists.get(crow_indices.data_ptr())
 
-    def get_or_create(self, weight: Tensor, block: Block | Literal["auto"], name: str) -> Gate:
-        """The gate of a Parameter; a new one where there is none. Raises ValueError for a block that does not fit."""
+    def get_or_create(
+        self, weight: Tensor, block: Block | Literal["auto"], name: str, transposed: bool = False
+    ) -> Gate:
+        """The gate of a Parameter; a new one, `transposed` or not, where there is none.
+
+        Raises ValueError for a block that does not fit.
+        """
         gate = self._gates.get(weight)
         if gate is None:
-            gate = Gate(weight, resolve_block(block, weight), name)
+            gate = Gate(weight, resolve_block(block, weight), name, transposed)
             self._gates[weight] = gate
             self._by_lists[gate.lists.crow_indices.data_ptr()] = gate
         return gate
@@ -306,14 +313,17 @@ registry = Registry()
 def gates(
     model: nn.Module, block: BlockChoice = "auto", *, include: str = "*", exclude: Sequence[str] = ()
 ) -> dict[str, Gate]:
-    """The gates of a model's linears and convolutions by name, made where there are none yet, with every block active.
+    """The gates of a model by name: those of its linears and convolutions, made where there are none yet, with every
+    block active, and those that other Parameters have.
 
     Call it before the model's first compiled call, or the backend has chosen the blocks already. A convolution that has
-    no room for a block (the first one of a network, of three channels, or a depthwise one) has no gate.
+    no room for a block (the first one of a network, of three channels, or a depthwise one) has no gate. A weight that a
+    plain matrix product reads (`x @ weight`) has its gate from the first compiled call on, since only the graph tells.
 
     Args:
         model: plain, or what `torch.compile` made of it; names are those of `named_parameters()` of the plain model.
-        block: sides of a block, `(block_out, block_in)`, in features or channels; one int for a square; "auto" chooses.
+        block: sides of a block along the weight's dimensions, `(block_out, block_in)`, in features or channels; one int
+            for a square; "auto" chooses.
         include, exclude: shell-style patterns of names.
 
     Raises:
@@ -325,14 +335,12 @@ def gates(
     model = plain(model)
     block = parse_block(block)
     found: dict[str, Gate] = {}
-    for prefix, module in model.named_modules():
-        weight = module._parameters.get("weight") if isinstance(module, GATEABLE) else None
-        name = f"{prefix}.weight" if prefix else "weight"
-        if weight is None or any(gate is registry.get(weight) for gate in found.values()):
-            continue
+    for name, module, weight in _weights(model):
         if not fnmatch.fnmatch(name, include) or name_excluded(name, exclude):
             continue
         gate = registry.get(weight)
+        if any(gate is other for other in found.values()):
+            continue
         if gate is None:
             wanted = resolve_block(block, weight)
             if _shared_with_other_kind(model, weight):
@@ -345,6 +353,15 @@ def gates(
         gate.name = name
         found[name] = gate
     return found
+
+
+def _weights(model: nn.Module) -> Iterator[tuple[str, nn.Module, Tensor]]:
+    """The weights of linears and convolutions, and other Parameters that have a gate: name, module, Parameter."""
+    for prefix, module in model.named_modules():
+        for own, parameter in module._parameters.items():
+            of_layer = isinstance(module, GATEABLE) and own == "weight"
+            if parameter is not None and (of_layer or registry.get(parameter) is not None):
+                yield f"{prefix}.{own}" if prefix else own, module, parameter
 
 
 def plain(model: nn.Module) -> nn.Module:

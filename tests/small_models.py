@@ -24,6 +24,30 @@ class MLP(nn.Module):
         return self.fc2(torch.relu(self.fc1(x)))
 
 
+class Conv1D(nn.Module):
+    """A linear as HuggingFace's GPT-2 has it: an `addmm` with a weight stored [in, out]."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(inputs, outputs) / inputs**0.5)
+        self.bias = nn.Parameter(torch.zeros(outputs))
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = torch.addmm(self.bias, x.view(-1, x.size(-1)), self.weight)
+        return rows.view(*x.size()[:-1], self.weight.size(1))
+
+
+class Products(nn.Module):
+    """An MLP of products with weights stored [in, out], with and without a bias."""
+
+    def __init__(self, inputs: int = 40, hidden: int = 68, outputs: int = 36) -> None:
+        super().__init__()
+        self.fc, self.projection = Conv1D(inputs, hidden), nn.Parameter(torch.randn(hidden, outputs) / hidden**0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.relu(self.fc(x)) @ self.projection
+
+
 def random_mask(grid: tuple[int, int], density: float | None = None) -> Tensor:
     """Random blocks, at a random density; at least one active and one not."""
     density = random.uniform(0.2, 0.8) if density is None else density

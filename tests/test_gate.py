@@ -8,9 +8,10 @@ from torch import nn
 
 import ctrlcompile as cc
 from ctrlcompile.blocks import resolve_block
+from ctrlcompile.gate import registry
 from ctrlcompile.kernels.index_lists import mask_of
 
-from .small_models import MLP, masked_entries, random_mask
+from .small_models import MLP, Products, masked_entries, random_mask
 
 
 def make_gate(shape=(68, 40), block=(8, 16)):
@@ -243,6 +244,19 @@ def test_weights_that_cannot_be_gated_have_none():
     )
     model["head"].weight = model["embedding"].weight
     assert list(cc.gates(model, 8)) == ["good.weight"]
+
+
+def test_parameters_of_other_modules_are_found_once_they_have_a_gate():
+    model = nn.Sequential(nn.Linear(40, 40), Products())
+    assert list(cc.gates(model, 8)) == ["0.weight"]
+    weights = dict(model.named_parameters())
+    made = {name: registry.get_or_create(weights[name], (8, 16), "?", True) for name in ("1.projection", "1.fc.weight")}
+    assert list(cc.gates(model)) == ["0.weight", "1.projection", "1.fc.weight"]
+    assert {name: cc.gates(model)[name] for name in made} == made
+    assert [gate.name for gate in made.values()] == list(made)
+    assert list(cc.gates(model, include="1.*", exclude=["*fc*"])) == ["1.projection"]
+    with pytest.raises(ValueError, match=r"1\.projection is gated in blocks of \(8, 16\) already"):
+        cc.gates(model, 8, include="1.*")
 
 
 def test_auto_leaves_small_weights_dense_and_a_given_block_does_not():

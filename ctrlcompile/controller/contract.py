@@ -47,6 +47,8 @@ class Gate(Protocol):
     @property
     def grid(self) -> tuple[int, int]: ...
     @property
+    def transposed(self) -> bool: ...  # whether the weight is stored [in, out]: its block columns are the outputs
+    @property
     def mask(self) -> Tensor: ...  # bool [R, C], on the CPU
     @property
     def density(self) -> float: ...

@@ -1,7 +1,8 @@
 """How the gates are coupled: which block rows of some feed which block columns of others, and what follows for a block.
 
 A block row is dead when all its blocks are masked: its output channels are constant, whatever the input. A block column
-is dead when all its blocks are masked: nobody reads its input channels there. So
+is dead when all its blocks are masked: nobody reads its input channels there. (Of a weight stored [in, out], what is
+called a row here is a block column of its mask.) So
 
 - a column is *unfed* when every row that feeds it is dead: its input channels are constants (0, the bias, or what batch
   norm and activation make of it), and its blocks compute a bias, no feature;
@@ -34,7 +35,7 @@ import torch
 from torch import Tensor
 
 from .contract import Gate
-from .layout import Layout
+from .layout import Layout, rows_and_columns
 
 OTHER = -1
 TINY = torch.finfo(torch.float64).tiny
@@ -130,7 +131,7 @@ class Lattice:
 
     def __init__(self, gates: Sequence[Gate], layout: Layout) -> None:
         self._gates = list(gates)
-        self._rows, self._columns = (tuple(gate.grid[side] for gate in gates) for side in (0, 1))
+        self._rows, self._columns = map(tuple, zip(*map(rows_and_columns, gates), strict=True))
         self._row_of, self._column_of = layout.row_of, layout.column_of
         self._known: set[Coupled] = set()
         self.coupling: Coupling | None = None

@@ -19,8 +19,8 @@ class Layout:
     lengths: Tensor  # int64 [G]
     gate_of: Tensor  # int64 [N]
     area: Tensor  # float64 [N], share of the gate's weight that a block holds
-    row_of: Tensor  # int64 [N], block rows numbered through, gate by gate
-    column_of: Tensor  # int64 [N], block columns likewise
+    row_of: Tensor  # int64 [N], block rows of outputs numbered through, gate by gate
+    column_of: Tensor  # int64 [N], block columns of inputs likewise
 
     @classmethod
     def of(cls, gates: Sequence[Gate]) -> Layout:
@@ -32,10 +32,9 @@ class Layout:
         gate_of = torch.repeat_interleave(torch.arange(len(gates)), lengths)
         areas = [gate.block_area.to("cpu", torch.float64).flatten() for gate in gates]
         area = torch.cat([area / area.sum() for area in areas])
-        rows, columns = ([gate.grid[side] for gate in gates] for side in (0, 1))
-        grids = list(zip(_numbered(rows), _numbered(columns), strict=True))
-        row_of = torch.cat([row.repeat_interleave(column.numel()) for row, column in grids])
-        column_of = torch.cat([column.repeat(row.numel()) for row, column in grids])
+        rows, columns = zip(*map(rows_and_columns, gates), strict=True)
+        places = map(_places, gates, _numbered(rows), _numbered(columns))
+        row_of, column_of = map(torch.cat, zip(*places, strict=True))
         return cls(offsets, lengths, gate_of, area, row_of, column_of)
 
     def to(self, device: torch.device) -> Layout:
@@ -53,6 +52,19 @@ class Layout:
         return [values[a:b] for a, b in zip(self.offsets, self.offsets[1:], strict=False)]
 
 
-def _numbered(counts: list[int]) -> Sequence[Tensor]:
+def rows_and_columns(gate: Gate) -> tuple[int, int]:
+    """How many block rows of outputs a gate has, and how many block columns of inputs."""
+    rows, columns = gate.grid
+    return (columns, rows) if gate.transposed else (rows, columns)
+
+
+def _places(gate: Gate, row: Tensor, column: Tensor) -> tuple[Tensor, Tensor]:
+    """Row and column of each block of a gate, of these numbers, in the order of its mask."""
+    if gate.transposed:
+        return row.repeat(column.numel()), column.repeat_interleave(row.numel())
+    return row.repeat_interleave(column.numel()), column.repeat(row.numel())
+
+
+def _numbered(counts: tuple[int, ...]) -> Sequence[Tensor]:
     """0, 1, 2, ..., in stretches of so many."""
     return torch.arange(sum(counts)).split(counts)

@@ -35,7 +35,7 @@ class FakeGate:
         self.signals = torch.zeros(2, *self.grid, requires_grad=True)
         self.switches = torch.zeros(self.grid, dtype=torch.int64)
         self.weight = weight
-        self.trained, self.normalised = True, False
+        self.trained, self.normalised, self.transposed = True, False, False
         self.active_area, self.probed_area = 1.0, 0.0  # shares of the weight
 
     @property

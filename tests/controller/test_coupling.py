@@ -20,11 +20,16 @@ def random_members(targets, members):
     return [None if random.random() < 0.2 else random.choice(some) for _ in range(targets)]
 
 
+def lines(gate):
+    """How many rows of outputs and columns of inputs."""
+    return gate.grid[::-1] if gate.transposed else gate.grid
+
+
 def random_lattice():
     gates = [FakeGate(f"g{i}", (8 * random.randint(2, 6), 8 * random.randint(2, 6)), (8, 8)) for i in range(3)]
     for gate in gates:
-        gate.normalised = random.random() < 0.5
-    grids = [gate.grid for gate in gates]
+        gate.normalised, gate.transposed = random.random() < 0.5, random.random() < 0.5
+    grids = [lines(gate) for gate in gates]
     rows, columns = (sum(side) for side in zip(*grids, strict=True))
     feeds, reads = random_members(columns, rows), random_members(rows, columns)
     coupling = Coupling(*zip(*grids, strict=True), Sets.from_members(feeds), Sets.from_members(reads))
@@ -37,9 +42,23 @@ def places(gates):
     """Row and column of every block, numbered through."""
     rows, columns, found = 0, 0, []
     for gate in gates:
-        found += [(rows + r, columns + c) for r, c in itertools.product(*map(range, gate.grid))]
-        rows, columns = rows + gate.grid[0], columns + gate.grid[1]
+        for r, c in itertools.product(*map(range, gate.grid)):
+            found.append((rows + c, columns + r) if gate.transposed else (rows + r, columns + c))
+        rows, columns = rows + lines(gate)[0], columns + lines(gate)[1]
     return found
+
+
+def test_rows_are_outputs_whichever_way_a_weight_is_stored():
+    shapes = [(8 * random.randint(1, 6) - 3, 8 * random.randint(1, 6)) for _ in range(3)]
+    plain, stored = ([FakeGate(f"g{i}", shape, (8, 8)) for i, shape in enumerate(shapes)] for _ in range(2))
+    for i in random.sample(range(3), 2):
+        stored[i] = FakeGate(f"g{i}", shapes[i][::-1], (8, 8))
+        stored[i].transposed = True
+    one, other = Layout.of(plain), Layout.of(stored)
+    for name in ("row_of", "column_of", "area"):
+        for gate, expected, found in zip(stored, *(at.split(getattr(at, name)) for at in (one, other)), strict=True):
+            grid = found.view(gate.grid)
+            assert torch.equal((grid.t() if gate.transposed else grid).flatten(), expected)
 
 
 def test_useless_blocks_and_what_a_block_frees_are_what_the_definitions_say():
@@ -56,7 +75,7 @@ def test_useless_blocks_and_what_a_block_frees_are_what_the_definitions_say():
         def dead(members, living):
             return bool(members) and not any(member in living for member in members)
 
-        normalised = [gate.normalised for gate in gates for _ in range(gate.grid[0])]
+        normalised = [gate.normalised for gate in gates for _ in range(lines(gate)[0])]
         varies = {row for row, column in alive if not dead(feeds[column], rows)}
         gone = [known and row not in varies for row, known in enumerate(normalised)]
 
