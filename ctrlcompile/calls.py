@@ -19,7 +19,8 @@ Observer = Callable[[str, tuple[Any, ...]], None]
 Result = TypeVar("Result")
 
 _ROLES = {"": "forward", "_dgrad": "dgrad", "_wgrad": "wgrad"}
-ROLES = {f"{layer}{end}": role for layer in ("linear", "conv") for end, role in _ROLES.items()}  # operator -> its role
+_LAYERS = ("linear", "matmul", "conv")
+ROLES = {f"{layer}{end}": role for layer in _LAYERS for end, role in _ROLES.items()}  # operator -> its role
 WINDOW = ("stride", "padding", "dilation", "groups")
 
 
@@ -67,8 +68,18 @@ def gate_of(arguments: Mapping[str, Any]) -> Gate | None:
 
 
 def window_of(arguments: Mapping[str, Any]) -> Window | None:
-    """How the window of a call moves; None for a linear's."""
+    """How the window of a call moves; None for all but a convolution's."""
     return Window.of(*(arguments[name] for name in WINDOW)) if "groups" in arguments else None
+
+
+def block_of(arguments: Mapping[str, Any]) -> dict[str, int]:
+    """The sides of a call's blocks by name, in the order of the weight's dimensions."""
+    return {name: value for name, value in arguments.items() if name in ("block_out", "block_in")}
+
+
+def is_transposed(arguments: Mapping[str, Any]) -> bool:
+    """Whether a call reads its weight as [in, out]."""
+    return next(iter(block_of(arguments))) == "block_in"
 
 
 def sizes(arguments: Mapping[str, Any]) -> tuple[int, int, int]:
@@ -78,6 +89,8 @@ def sizes(arguments: Mapping[str, Any]) -> tuple[int, int, int]:
     """
     weight, window = arguments["weight"], window_of(arguments)
     n, k = matrix_shape(weight.shape)
+    if is_transposed(arguments):
+        n, k = k, n
     if "grad" in arguments:
         return math.prod(arguments["grad"].shape) // n, k, n
     shape = arguments["x"].shape
@@ -91,5 +104,6 @@ def label(op: str, arguments: tuple[Any, ...]) -> str:
     call = named(op, arguments)
     gate = gate_of(call)
     shape = "x".join(map(str, sizes(call)))
-    what = f"{ROLES[op]} {shape} in {call['block_out']}x{call['block_in']} blocks"
+    block = "x".join(map(str, block_of(call).values()))
+    what = f"{ROLES[op]} {shape} in {block} blocks"
     return what if gate is None else f"{gate.name} {what}, density {gate.density:.2f}"

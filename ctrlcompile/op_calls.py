@@ -50,6 +50,29 @@ def _linear_wgrad(
     return kernel_choice.wgrad(_rows(grad), _rows(x), weight, lists, probes, block)
 
 
+# With a weight stored [in, out] a linear's kernels change parts: `x @ weight` is what dgrad computes of a gradient, and
+# the gradient of x what forward computes.
+
+
+def _matmul(
+    x: Tensor, weight: Tensor, signals: Tensor, tensors: Sequence[Tensor], probes: Tensor, block_in: int, block_out: int
+) -> Tensor:
+    return _linear_dgrad(x, weight, tensors, block_in, block_out)
+
+
+def _matmul_dgrad(grad: Tensor, weight: Tensor, tensors: Sequence[Tensor], block_in: int, block_out: int) -> Tensor:
+    lists, block = _lists(tensors, weight, (block_in, block_out)), (block_in, block_out)
+    _check_rows(grad, weight.shape[1], weight)
+    grad_x, _ = kernel_choice.forward(_rows(grad), weight, None, lists, block, "none")
+    return grad_x.view(*grad.shape[:-1], weight.shape[0])
+
+
+def _matmul_wgrad(
+    grad: Tensor, x: Tensor, weight: Tensor, tensors: Sequence[Tensor], probes: Tensor, block_in: int, block_out: int
+) -> tuple[Tensor, Tensor]:
+    return _linear_wgrad(x, grad, weight, tensors, probes, block_in, block_out)
+
+
 def _conv(
     x: Tensor, weight: Tensor, bias: Tensor | None, signals: Tensor, tensors: Sequence[Tensor], probes: Tensor,
     block_out: int, block_in: int, activation: str, *moves: Any,
@@ -87,6 +110,9 @@ IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {
     "linear": _linear,
     "linear_dgrad": _linear_dgrad,
     "linear_wgrad": _linear_wgrad,
+    "matmul": _matmul,
+    "matmul_dgrad": _matmul_dgrad,
+    "matmul_wgrad": _matmul_wgrad,
     "conv": _conv,
     "conv_dgrad": _conv_dgrad,
     "conv_wgrad": _conv_wgrad,

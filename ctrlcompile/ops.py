@@ -1,12 +1,12 @@
-"""Gated linears and convolutions as PyTorch operators: schemas, shapes, autograd, autocast and FLOP formulas.
+"""Gated linears, matmuls and convolutions as PyTorch operators: schemas, shapes, autograd, autocast, FLOP formulas.
 
-`ctrlprune::linear` and `ctrlprune::conv` take the weight as it is and the gate's tensors beside it. The backward of
-each is two more operators, so that Inductor schedules the input gradient and the weight gradient like any product. What
-wgrad finds out about each block leaves the graph as the *gradient of `signals`*: for the first channel that is what it
-is, the derivative of the loss with respect to a gate that multiplies the block, and autograd adds it up over
-micro-batches.
+`ctrlprune::linear`, `ctrlprune::matmul` (`x @ weight`, for a weight stored [in, out]) and `ctrlprune::conv` take the
+weight as it is and the gate's tensors beside it. The backward of each is two more operators, so that Inductor schedules
+the input gradient and the weight gradient like any product. What wgrad finds out about each block leaves the graph as
+the *gradient of `signals`*: for the first channel that is what it is, the derivative of the loss with respect to a gate
+that multiplies the block, and autograd adds it up over micro-batches.
 
-What runs is in `op_calls`.
+The sides of a block are arguments in the order of the weight's dimensions. What runs is in `op_calls`.
 """
 
 import math
@@ -24,13 +24,20 @@ from ctrlcompile.kernels.index_lists import BlockLists, expand, mask_of, matrix_
 from ctrlcompile.kernels.window import Window, channels_last
 
 _library = torch.library.Library("ctrlprune", "DEF")
-_GATED = "Tensor[] lists, Tensor probes, int block_out, int block_in"
+_LISTS = "Tensor[] lists, Tensor probes"
+_GATED = f"{_LISTS}, int block_out, int block_in"
+_TRANSPOSED = f"{_LISTS}, int block_in, int block_out"
 _WINDOW = "int[] stride, int[] padding, int[] dilation, int groups"
 _library.define(
     f"linear(Tensor x, Tensor weight, Tensor? bias, Tensor signals, {_GATED}, str activation) -> (Tensor y, Tensor z)"
 )
 _library.define("linear_dgrad(Tensor grad, Tensor weight, Tensor[] lists, int block_out, int block_in) -> Tensor")
 _library.define(f"linear_wgrad(Tensor grad, Tensor x, Tensor weight, {_GATED}) -> (Tensor grad_weight, Tensor signals)")
+_library.define(f"matmul(Tensor x, Tensor weight, Tensor signals, {_TRANSPOSED}) -> Tensor")
+_library.define("matmul_dgrad(Tensor grad, Tensor weight, Tensor[] lists, int block_in, int block_out) -> Tensor")
+_library.define(
+    f"matmul_wgrad(Tensor grad, Tensor x, Tensor weight, {_TRANSPOSED}) -> (Tensor grad_weight, Tensor signals)"
+)
 # An image is [N, channels, *size]; padding holds what goes before and after each dimension in turn.
 _library.define(
     f"conv(Tensor x, Tensor weight, Tensor? bias, Tensor signals, {_GATED}, str activation, {_WINDOW})"
@@ -47,6 +54,9 @@ _library.define(
 linear = torch.ops.ctrlprune.linear
 linear_dgrad = torch.ops.ctrlprune.linear_dgrad
 linear_wgrad = torch.ops.ctrlprune.linear_wgrad
+matmul = torch.ops.ctrlprune.matmul
+matmul_dgrad = torch.ops.ctrlprune.matmul_dgrad
+matmul_wgrad = torch.ops.ctrlprune.matmul_wgrad
 conv = torch.ops.ctrlprune.conv
 conv_dgrad = torch.ops.ctrlprune.conv_dgrad
 conv_wgrad = torch.ops.ctrlprune.conv_wgrad
@@ -82,6 +92,22 @@ def _(grad, weight, lists, block_out, block_in):  # type: ignore[no-untyped-def]
 
 @torch.library.register_fake("ctrlprune::linear_wgrad", lib=_library)
 def _(grad, x, weight, lists, probes, block_out, block_in):  # type: ignore[no-untyped-def]
+    return weight.new_empty(weight.shape), weight.new_empty((2, *BlockLists(*lists).grid), dtype=torch.float32)
+
+
+@torch.library.register_fake("ctrlprune::matmul", lib=_library)
+def _(x, weight, signals, lists, probes, block_in, block_out):  # type: ignore[no-untyped-def]
+    torch._check(x.shape[-1] == weight.shape[0], lambda: f"x has {x.shape[-1]} features, the weight {weight.shape[0]}")
+    return x.new_empty(*x.shape[:-1], weight.shape[1])
+
+
+@torch.library.register_fake("ctrlprune::matmul_dgrad", lib=_library)
+def _(grad, weight, lists, block_in, block_out):  # type: ignore[no-untyped-def]
+    return grad.new_empty(*grad.shape[:-1], weight.shape[0])
+
+
+@torch.library.register_fake("ctrlprune::matmul_wgrad", lib=_library)
+def _(grad, x, weight, lists, probes, block_in, block_out):  # type: ignore[no-untyped-def]
     return weight.new_empty(weight.shape), weight.new_empty((2, *BlockLists(*lists).grid), dtype=torch.float32)
 
 
@@ -156,18 +182,35 @@ def _backward(ctx: Any, grad_y: Tensor | None, _grad_z: None) -> tuple[Any, ...]
     return (grad_x, grad_weight, grad_bias, grad_signals, *unused)
 
 
-def _autocast(op: Callable[..., Any], device: str) -> Callable[..., tuple[Tensor, Tensor]]:
+def _setup_matmul(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, weight, _, lists, probes, *block = inputs
+    ctx.set_materialize_grads(False)
+    ctx.block, ctx.lists = block, len(lists)
+    ctx.save_for_backward(x, weight, probes, *lists)
+
+
+def _matmul_backward(ctx: Any, grad: Tensor | None) -> tuple[Any, ...]:
+    grad_x = grad_weight = grad_signals = None
+    if grad is not None:
+        x, weight, probes, *lists = ctx.saved_tensors
+        if ctx.needs_input_grad[0]:
+            grad_x = matmul_dgrad(grad, weight, lists, *ctx.block)
+        if ctx.needs_input_grad[1]:
+            grad_weight, grad_signals = matmul_wgrad(grad, x, weight, lists, probes, *ctx.block)
+    return grad_x, grad_weight, grad_signals, [None] * ctx.lists, None, None, None
+
+
+def _autocast(op: Callable[..., Any], device: str) -> Callable[..., Any]:
     keys = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, f"Autocast{device.upper()}"))
 
     # On the CPU the input is cast and the weight is not: the kernels round its live blocks when they pack them, and the
     # weight's gradient comes out in the weight's own type. Tensor cores read the weight as it lies in memory.
-    def cast(x: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    def cast(x: Tensor, weight: Tensor, *rest: Any) -> Any:
         if x.dtype != torch.float64:
             x = x.to(torch.get_autocast_dtype(device))
             weight = weight if device == "cpu" else weight.to(x.dtype)
         with torch._C._ExcludeDispatchKeyGuard(keys):
-            result: tuple[Tensor, Tensor] = op(x, weight, *rest)
-        return result
+            return op(x, weight, *rest)
 
     return cast
 
@@ -175,8 +218,12 @@ def _autocast(op: Callable[..., Any], device: str) -> Callable[..., tuple[Tensor
 for _name, _implementation in op_calls.IMPLEMENTATIONS.items():
     for _key in ("CPU", "CUDA"):
         _library.impl(_name, visible(_name, _implementation), _key)
-for _name, _op in (("linear", linear), ("conv", conv)):
-    torch.library.register_autograd(f"ctrlprune::{_name}", _backward, setup_context=_setup_context, lib=_library)
+for _name, _op, _setup, _back in (
+    ("linear", linear, _setup_context, _backward),
+    ("matmul", matmul, _setup_matmul, _matmul_backward),
+    ("conv", conv, _setup_context, _backward),
+):
+    torch.library.register_autograd(f"ctrlprune::{_name}", _back, setup_context=_setup, lib=_library)
     for _device in ("cpu", "cuda"):
         _library.impl(_name, _autocast(_op, _device), f"Autocast{_device.upper()}")
 
@@ -199,6 +246,21 @@ def _product_flops(
 @register_flop_formula(linear, get_raw=True)
 def _(x, weight, bias, signals, lists, probes, block_out, block_in, activation, **_) -> int:  # type: ignore[no-untyped-def]
     return _product_flops(x.numel() // x.shape[-1], weight, lists, None, (block_out, block_in))
+
+
+@register_flop_formula(matmul, get_raw=True)
+def _(x, weight, signals, lists, probes, block_in, block_out, **_) -> int:  # type: ignore[no-untyped-def]
+    return _product_flops(x.numel() // x.shape[-1], weight, lists, None, (block_in, block_out))
+
+
+@register_flop_formula(matmul_dgrad, get_raw=True)
+def _(grad, weight, lists, block_in, block_out, **_) -> int:  # type: ignore[no-untyped-def]
+    return _product_flops(grad.numel() // grad.shape[-1], weight, lists, None, (block_in, block_out))
+
+
+@register_flop_formula(matmul_wgrad, get_raw=True)
+def _(grad, x, weight, lists, probes, block_in, block_out, **_) -> int:  # type: ignore[no-untyped-def]
+    return _product_flops(grad.numel() // grad.shape[-1], weight, lists, probes, (block_in, block_out))
 
 
 @register_flop_formula(conv, get_raw=True)

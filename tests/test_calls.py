@@ -9,6 +9,7 @@ from torch.profiler import ProfilerActivity
 
 import ctrlcompile as cc
 from ctrlcompile import calls, ops
+from ctrlcompile.gate import registry
 
 from .small_models import prune_
 
@@ -57,6 +58,18 @@ def test_a_convolution_is_labelled_with_its_positions_and_the_inputs_of_its_wind
     names = {event.name for event in profiler.events()}
     assert names.issuperset(
         f"weight {role} {2 * 4 * 3}x{16 * 9}x24 in 8x8 blocks, density 1.00" for role in ("forward", "dgrad", "wgrad")
+    )
+
+
+def test_a_matmul_is_labelled_with_inputs_and_outputs_and_the_blocks_of_the_weight_as_stored():
+    weight = nn.Parameter(torch.randn(40, 48))
+    gate = registry.get_or_create(weight, (8, 16), "c_fc.weight", transposed=True)
+    gated = (gate.signals, list(gate.lists), gate.probes, *gate.block)
+    with torch.profiler.profile(activities=[ProfilerActivity.CPU]) as profiler:
+        ops.matmul(torch.randn(3, 5, 40, requires_grad=True), weight, *gated).sum().backward()
+    names = {event.name for event in profiler.events()}
+    assert names.issuperset(
+        f"c_fc.weight {role} 15x40x48 in 8x16 blocks, density 1.00" for role in ("forward", "dgrad", "wgrad")
     )
 
 

@@ -1,4 +1,4 @@
-"""The gated linear as an operator: registration, gradients, autocast, FLOP formulas; dense where no kernel builds."""
+"""Gated linears and matmuls as operators: registration, gradients, autocast, FLOP formulas; dense without a kernel."""
 
 import random
 import warnings
@@ -25,6 +25,8 @@ SHAPE = (44, 40)  # both sides end in a partial block
 class Case:
     """Random arguments of `ctrlprune::linear`."""
 
+    op, dgrad, wgrad = ops.linear, ops.linear_dgrad, ops.linear_wgrad
+
     def __init__(
         self, dtype=torch.float32, *, shape=SHAPE, lead=(3, 5), bias=True, activation="none", density=None, probes=2
     ):
@@ -40,25 +42,59 @@ class Case:
         self.lists = build(self.mask)
 
     def requires_grad(self) -> "Case":
-        for tensor in (self.x, self.weight, self.bias, self.signals):
-            if tensor is not None:
-                tensor.requires_grad_()
+        for tensor in (*self.leaves, self.signals):
+            tensor.requires_grad_()
         return self
+
+    @property
+    def leaves(self) -> list[Tensor]:
+        return [tensor for tensor in (self.x, self.weight, self.bias) if tensor is not None]
 
     @property
     def arguments(self):
         gate = (self.signals, list(self.lists), self.probes)
         return (self.x, self.weight, self.bias, *gate, *BLOCK, self.activation)
 
-    def run(self) -> Tensor:
-        return ops.linear(*self.arguments)[0]
+    def run(self, *leaves: Tensor) -> Tensor:
+        """The operator, on the case's own leaves or on others."""
+        return ops.linear(*leaves, *self.arguments[len(leaves) :])[0]
 
     def dense(self, dtype: torch.dtype) -> tuple[Tensor, list[Tensor]]:
         """The framework's own ops on the masked dense weight in `dtype`: the output, and leaves for its gradients."""
-        leaves = [t.detach().to(dtype).requires_grad_() for t in (self.x, self.weight, self.bias) if t is not None]
-        masked = leaves[1] * expand(self.mask, BLOCK, SHAPE)
-        y = F.linear(leaves[0], masked, leaves[2] if self.bias is not None else None)
+        leaves = [leaf.detach().to(dtype).requires_grad_() for leaf in self.leaves]
+        x, weight, *bias = leaves
+        y = self.product(x, weight * expand(self.mask, BLOCK, SHAPE), *bias)
         return reference.activate(y, self.activation), leaves
+
+    def product(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        """The framework's own product."""
+        return F.linear(x, weight, bias)
+
+
+class Matmul(Case):
+    """Random arguments of `ctrlprune::matmul`, whose weight is [in, out]."""
+
+    op, dgrad, wgrad = ops.matmul, ops.matmul_dgrad, ops.matmul_wgrad
+
+    def __init__(self, dtype=torch.float32, *, shape=SHAPE, lead=(3, 5), **settings):
+        super().__init__(dtype, shape=shape, lead=lead, bias=False, **settings)
+        self.x = torch.randn(*lead, shape[0], dtype=dtype)
+
+    @property
+    def arguments(self):
+        return (self.x, self.weight, self.signals, list(self.lists), self.probes, *BLOCK)
+
+    def run(self, *leaves: Tensor) -> Tensor:
+        return ops.matmul(*leaves, *self.arguments[len(leaves) :])
+
+    def product(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        return x @ weight
+
+
+KINDS = pytest.mark.parametrize("kind", [Case, Matmul])
+EVERY_KIND = pytest.mark.parametrize(
+    ("kind", "activation"), [(Case, activation) for activation in ops.ACTIVATIONS] + [(Matmul, "none")]
+)
 
 
 @pytest.mark.parametrize(
@@ -70,44 +106,48 @@ def test_the_forward_op_is_registered_as_pytorch_wants(activation, bias, lead):
     torch.library.opcheck(ops.linear.default, case.arguments)
 
 
-def test_the_backward_ops_are_registered_as_pytorch_wants():
-    case = Case()
-    grad = torch.randn(3, 5, SHAPE[0])
-    torch.library.opcheck(ops.linear_dgrad.default, (grad, case.weight, list(case.lists), *BLOCK))
-    torch.library.opcheck(ops.linear_wgrad.default, (grad, case.x, case.weight, list(case.lists), case.probes, *BLOCK))
+@pytest.mark.parametrize("lead", [(), (7,), (2, 2, 3)])
+def test_the_matmul_op_is_registered_as_pytorch_wants(lead):
+    torch.library.opcheck(ops.matmul.default, Matmul(lead=lead).requires_grad().arguments)
 
 
-@pytest.mark.parametrize("activation", ops.ACTIVATIONS)
-def test_gradients_are_the_numerical_ones(activation):
-    case = Case(torch.float64, shape=(20, 24), lead=(3,), activation=activation)
-    leaves = [tensor.requires_grad_() for tensor in (case.x, case.weight, case.bias)]
-    rest = case.arguments[3:]
-    assert torch.autograd.gradcheck(lambda *inputs: ops.linear(*inputs, *rest)[0], leaves)
+@KINDS
+def test_the_backward_ops_are_registered_as_pytorch_wants(kind):
+    case = kind()
+    grad = torch.randn_like(case.run())
+    torch.library.opcheck(case.dgrad.default, (grad, case.weight, list(case.lists), *BLOCK))
+    torch.library.opcheck(case.wgrad.default, (grad, case.x, case.weight, list(case.lists), case.probes, *BLOCK))
+
+
+@EVERY_KIND
+def test_gradients_are_the_numerical_ones(kind, activation):
+    case = kind(torch.float64, shape=(20, 24), lead=(3,), activation=activation)
+    assert torch.autograd.gradcheck(case.run, [leaf.requires_grad_() for leaf in case.leaves])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("activation", ops.ACTIVATIONS)
-def test_output_and_gradients_are_as_exact_as_the_dense_op(activation, dtype):
+@EVERY_KIND
+def test_output_and_gradients_are_as_exact_as_the_dense_op(kind, activation, dtype):
     lead, times = ((64, 5), 10) if dtype == torch.float32 else ((64, 5), 1.1)
-    case = Case(dtype, lead=lead, activation=activation).requires_grad()
-    grad = torch.randn(*lead, SHAPE[0]).to(dtype)
+    case = kind(dtype, lead=lead, activation=activation).requires_grad()
     y = case.run()
+    grad = torch.randn_like(y)
     y.backward(grad)
-    ours = [y, case.x.grad, case.weight.grad, case.bias.grad]
+    ours = [y, *(leaf.grad for leaf in case.leaves)]
     results = {}
     for kind in (torch.float64, dtype):
         out, leaves = case.dense(kind)
         out.backward(grad.to(kind))
         results[kind] = [out, *(leaf.grad for leaf in leaves)]
-    for name, mine, exact, theirs in zip(
-        ("y", "x", "weight", "bias"), ours, results[torch.float64], results[dtype], strict=True
-    ):
+    names = ("y", "x", "weight", "bias")[: len(ours)]
+    for name, mine, exact, theirs in zip(names, ours, results[torch.float64], results[dtype], strict=True):
         assert mine.dtype == dtype
         assert error(mine, exact) <= times * error(theirs, exact) + 1e-12, name
 
 
-def test_signals_receive_the_gradient_of_each_gate_and_the_squares_of_what_is_probed():
-    case = Case(torch.float64, density=0.5, activation="gelu").requires_grad()
+@pytest.mark.parametrize(("kind", "activation"), [(Case, "gelu"), (Matmul, "none")])
+def test_signals_receive_the_gradient_of_each_gate_and_the_squares_of_what_is_probed(kind, activation):
+    case = kind(torch.float64, density=0.5, activation=activation).requires_grad()
     assert len(case.probed)
     out = case.run()
     target = torch.randn_like(out)
@@ -115,8 +155,8 @@ def test_signals_receive_the_gradient_of_each_gate_and_the_squares_of_what_is_pr
     gate = torch.ones(case.mask.shape, dtype=torch.float64, requires_grad=True)
     scale = gate.repeat_interleave(BLOCK[0], 0).repeat_interleave(BLOCK[1], 1)[: SHAPE[0], : SHAPE[1]]
     weight = (case.weight * expand(case.mask, BLOCK, SHAPE)).detach().requires_grad_()
-    y = F.gelu(F.linear(case.x.detach(), weight * scale, case.bias.detach()))
-    (y - target).square().sum().backward()
+    y = case.product(case.x.detach(), weight * scale, *(bias.detach() for bias in case.leaves[2:]))
+    (reference.activate(y, activation) - target).square().sum().backward()
     torch.testing.assert_close(case.signals.grad[0].double(), gate.grad, rtol=1e-5, atol=1e-5)
     listened = case.mask.clone()
     listened.view(-1)[case.probed.long()] = True
@@ -124,60 +164,65 @@ def test_signals_receive_the_gradient_of_each_gate_and_the_squares_of_what_is_pr
     torch.testing.assert_close(case.signals.grad[1].double(), squares, rtol=1e-5, atol=1e-5)
 
 
-def test_only_what_is_asked_for_is_computed():
-    case = Case(lead=(6,))
+@KINDS
+def test_only_what_is_asked_for_is_computed(kind):
+    case = kind(lead=(6,))
     case.x.requires_grad_()
     with FlopCounterMode(display=False) as counter:
         case.run().sum().backward()
-    assert set(counter.get_flop_counts()["Global"]) == {ops.linear, ops.linear_dgrad}
-    frozen = Case(lead=(6,), bias=False)
+    assert set(counter.get_flop_counts()["Global"]) == {case.op, case.dgrad}
+    frozen = kind(lead=(6,))
     frozen.weight.requires_grad_()
     with FlopCounterMode(display=False) as counter:
         frozen.run().sum().backward()
-    assert set(counter.get_flop_counts()["Global"]) == {ops.linear, ops.linear_wgrad}
+    assert set(counter.get_flop_counts()["Global"]) == {case.op, case.wgrad}
     assert frozen.signals.grad is None
 
 
-def test_under_autocast_the_output_is_half_and_the_master_weight_and_its_gradient_are_not():
-    case = Case(lead=(32, 5), activation="gelu").requires_grad()
+@pytest.mark.parametrize(("kind", "activation"), [(Case, "gelu"), (Matmul, "none")])
+def test_under_autocast_the_output_is_half_and_the_master_weight_and_its_gradient_are_not(kind, activation):
+    case = kind(lead=(32, 5), activation=activation).requires_grad()
     with torch.autocast("cpu", torch.bfloat16):
         y = case.run()
     assert y.dtype == torch.bfloat16
     grad = torch.randn_like(y)
     y.backward(grad)
-    assert {t.grad.dtype for t in (case.x, case.weight, case.bias)} == {torch.float32}
+    assert {leaf.grad.dtype for leaf in case.leaves} == {torch.float32}
     exact_y, exact = case.dense(torch.float64)
     exact_y.backward(grad.double())
     with torch.autocast("cpu", torch.bfloat16):
         dense_y, dense = case.dense(torch.float32)
     dense_y.backward(grad)
     assert error(y, exact_y) <= 1.1 * error(dense_y, exact_y)
-    for mine, leaf, theirs in zip((case.x, case.weight, case.bias), exact, dense, strict=True):
+    for mine, leaf, theirs in zip(case.leaves, exact, dense, strict=True):
         assert no_worse(error(mine.grad, leaf.grad), error(theirs.grad, leaf.grad), leaf.numel())
 
 
-def test_autocast_leaves_float64_alone():
-    case = Case(torch.float64)
+@KINDS
+def test_autocast_leaves_float64_alone(kind):
+    case = kind(torch.float64)
     with torch.autocast("cpu", torch.bfloat16):
         y = case.run()
     assert y.dtype == torch.float64
     torch.testing.assert_close(y, case.dense(torch.float64)[0])
 
 
-def test_flops_are_those_of_active_blocks_and_probes():
-    case = Case(lead=(2, 3), probes=random.randint(1, 4)).requires_grad()
+@KINDS
+def test_flops_are_those_of_active_blocks_and_probes(kind):
+    case = kind(lead=(2, 3), probes=random.randint(1, 4)).requires_grad()
     with FlopCounterMode(display=False) as counter:
         case.run().sum().backward()
     counted = counter.get_flop_counts()["Global"]
     active = int(expand(case.mask, BLOCK, SHAPE).sum())
     listened = case.mask.clone()
     listened.view(-1)[case.probed.long()] = True
-    assert counted[ops.linear] == counted[ops.linear_dgrad] == 2 * 6 * active
-    assert counted[ops.linear_wgrad] == 2 * 6 * int(expand(listened, BLOCK, SHAPE).sum())
+    assert counted[case.op] == counted[case.dgrad] == 2 * 6 * active
+    assert counted[case.wgrad] == 2 * 6 * int(expand(listened, BLOCK, SHAPE).sum())
 
 
-def test_with_every_block_active_the_flops_are_those_of_dense_products():
-    case = Case(lead=(2, 3), density=1).requires_grad()
+@KINDS
+def test_with_every_block_active_the_flops_are_those_of_dense_products(kind):
+    case = kind(lead=(2, 3), density=1).requires_grad()
     with FlopCounterMode(display=False) as counter:
         case.run().sum().backward()
     with FlopCounterMode(display=False) as dense:
@@ -203,6 +248,18 @@ def test_wrong_arguments_are_refused():
         ops.linear(x[..., :-1], *rest)
     with pytest.raises(ValueError, match="swish"):
         ops.linear(*case.arguments[:-1], "swish")
+    case = Matmul()
+    grad, gate = torch.randn(3, 5, SHAPE[1]), list(case.lists)
+    for wrong in (
+        lambda: ops.matmul(case.x[..., :-1], *case.arguments[1:]),
+        lambda: ops.matmul(grad, *case.arguments[1:]),
+        lambda: ops.matmul_dgrad(case.x, case.weight, gate, *BLOCK),
+        lambda: ops.matmul_wgrad(case.x, grad, case.weight, gate, case.probes, *BLOCK),
+        lambda: ops.matmul_wgrad(grad[:-1], case.x, case.weight, gate, case.probes, *BLOCK),
+        lambda: ops.matmul(*case.arguments[:-2], *BLOCK[::-1]),
+    ):
+        with pytest.raises(ValueError, match=r"does not fit|unequal rows|index lists|in blocks of"):
+            wrong()
 
 
 @pytest.fixture
@@ -220,14 +277,15 @@ def broken_compiler(monkeypatch):
 
 
 @pytest.mark.usefixtures("broken_compiler")
-def test_where_no_kernel_builds_results_are_the_same_after_exactly_one_warning():
-    case = Case(lead=(6,), activation="gelu").requires_grad()
+@pytest.mark.parametrize(("kind", "activation"), [(Case, "gelu"), (Matmul, "none")])
+def test_where_no_kernel_builds_results_are_the_same_after_exactly_one_warning(kind, activation):
+    case = kind(lead=(6,), activation=activation).requires_grad()
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         for _ in range(2):
             y = case.run()
             y.sum().backward()
-        other = Case(torch.bfloat16, lead=(6,))
+        other = kind(torch.bfloat16, lead=(6,))
         other.run()
     ours = [w for w in caught if "the compiler is broken" in str(w.message)]
     assert len(ours) == 1
