@@ -1,4 +1,4 @@
-"""The linears and convolutions of a graph of Dynamo's: whose weight each reads, what it costs, why it gets no gate."""
+"""The layers of a graph of Dynamo's: whose weight each reads, what it costs, why it gets no gate."""
 
 import re
 from collections.abc import Sequence
@@ -14,8 +14,16 @@ from ctrlcompile.cost import ProductCost, expression
 from ctrlcompile.gate import Gate, name_excluded, registry
 from ctrlcompile.kernels.window import Window
 from ctrlcompile.options import Options
-from ctrlcompile.passes.graph_edit import Scope, argument, scopes, uses
-from ctrlcompile.passes.layer_nodes import TRANSPOSED, is_layer, is_linear, is_weight_of, obstacle, window_of
+from ctrlcompile.passes.graph_edit import Scope, scopes, uses
+from ctrlcompile.passes.layer_nodes import (
+    TRANSPOSED,
+    is_layer,
+    is_matmul,
+    is_weight_of,
+    obstacle,
+    operands,
+    window_of,
+)
 from ctrlcompile.passes.outline import module_path
 
 NORMALISING = (torch.nn.functional.batch_norm, torch.nn.functional.instance_norm, torch.batch_norm, torch.instance_norm)
@@ -24,20 +32,25 @@ COMPUTED = "its weight is computed in the graph (a parametrization, say), not a 
 
 @dataclass(frozen=True)
 class Weight:
-    """A Parameter that layers of this region read: its argument position, and why it gets no gate by itself."""
+    """A Parameter that layers of this region read: its argument position, and why it gets no gate by itself.
+
+    `transposed` says of a gate yet to be made that all of these layers are matmuls.
+    """
 
     position: int
     name: str
+    transposed: bool
     reason: str | None
 
 
 @dataclass(frozen=True)
 class Layer:
-    """A linear or a convolution of the graph.
+    """A linear, a matmul or a convolution of the graph.
 
-    `weight` indexes the region's weights, None where the weight is no argument; `window` is None for a linear;
-    `normalised` says that each output channel is normalised by itself, as batch norm does; `obstacle` says why it
-    cannot be gated at all, `reason` why it is not by itself.
+    `weight` indexes the region's weights, None where the weight is no argument; `transposed` says that it is read as
+    [in, out], by a matmul; `window` is None for all but convolutions; `normalised` says that each output channel is
+    normalised by itself, as batch norm does; `obstacle` says why it cannot be gated at all, `reason` why it is not by
+    itself.
     """
 
     node: str
@@ -47,6 +60,7 @@ class Layer:
     source: str
     x_dtype: torch.dtype
     shape: tuple[int, ...]
+    transposed: bool
     window: Window | None
     product: ProductCost
     normalised: bool
@@ -80,7 +94,7 @@ def find_layers(
     layers: list[Layer] = []
     for scope in everywhere:
         for node in filter(is_layer, scope.gm.graph.nodes):
-            weight = argument(node, 1, "weight")
+            _, weight, _ = operands(node)
             outer = scope.outer(weight)
             parameter = example_inputs[position[outer]] if outer in position else None
             dtype = node.meta["example_value"].dtype
@@ -89,36 +103,41 @@ def find_layers(
             reason: str | None = COMPUTED
             if outer is not None and isinstance(parameter, torch.nn.Parameter):
                 if outer not in index_of:
-                    parameter_name = _parameter_name(outer)
-                    why = _why_dense(outer, parameter, parameter_name, dtype, options, everywhere)
                     index_of[outer] = len(weights)
-                    weights.append(Weight(position[outer], parameter_name, why))
+                    weights.append(_weight(outer, position[outer], parameter, dtype, options, everywhere))
                 index = index_of[outer]
                 name, reason = weights[index].name, weights[index].reason
             why_never = obstacle(node)
             layers.append(
                 Layer(
                     f"{scope.prefix}{node.name}", index, name, module_path(node), _source_line(node), dtype,
-                    tuple(weight.meta["example_value"].shape), None if why_never else window_of(node), _product(node),
-                    any(user.target in NORMALISING for user in node.users), why_never, why_never or reason,
+                    tuple(weight.meta["example_value"].shape), is_matmul(node), None if why_never else window_of(node),
+                    _product(node), any(user.target in NORMALISING for user in node.users), why_never,
+                    why_never or reason,
                 )
             )  # fmt: skip
     return weights, layers
 
 
-def _why_dense(
-    node: fx.Node, parameter: Tensor, name: str, x_dtype: torch.dtype, options: Options, everywhere: list[Scope]
-) -> str | None:
-    """Why a weight gets no gate of the backend's own accord; None: it gets one."""
-    readers = [user for user, known in uses(node, everywhere) if is_weight_of(known, user)]
-    if len(readers) < len(list(uses(node, everywhere))):
+def _weight(
+    node: fx.Node, position: int, parameter: Tensor, x_dtype: torch.dtype, options: Options, everywhere: list[Scope]
+) -> Weight:
+    users, name = list(uses(node, everywhere)), _parameter_name(node)
+    readers = [user for user, known in users if is_weight_of(known, user)]
+    if len(readers) < len(users):
         registry.refuse(parameter, "shared with another kind of layer, such as an embedding")
+    reason = _why_dense(parameter, name, x_dtype, options, readers)
+    return Weight(position, name, all(map(is_matmul, readers)), reason)
+
+
+def _why_dense(
+    parameter: Tensor, name: str, x_dtype: torch.dtype, options: Options, readers: list[fx.Node]
+) -> str | None:
+    """Why a weight that these layers read gets no gate of the backend's own accord; None: it gets one."""
     if (refusal := registry.refusal(parameter)) is not None:
         return refusal
     if (reason := next(filter(None, map(obstacle, readers)), None)) is not None:
         return reason
-    if is_linear(readers[0]) and parameter.dim() != 2:
-        return "its weight is no matrix"
     if (pattern := name_excluded(name, options.exclude)) is not None:
         return f"excluded by {pattern!r}"
     gate = registry.get(parameter)
@@ -142,9 +161,10 @@ def _no_gain(shape: Sequence[int], block: Block, window: Window | None) -> str |
 
 
 def _product(node: fx.Node) -> ProductCost:
-    x, weight = (argument(node, i, name).meta["example_value"] for i, name in enumerate(("input", "weight")))
+    x, weight = (operand.meta["example_value"] for operand in operands(node)[:2])
     positions = x if node.target in TRANSPOSED else node.meta["example_value"]
-    flops = expression(2 * positions.numel() * weight[:1].numel())
+    inputs = x.shape[-1] if is_matmul(node) else weight[:1].numel()
+    flops = expression(2 * positions.numel() * inputs)
     return ProductCost(flops, flops if x.requires_grad else 0, flops if weight.requires_grad else 0)
 
 

@@ -85,7 +85,7 @@ class Region:
         elif torch.is_grad_enabled() and cost.meter.listening:
             gated = self.gates_by_layer(gates)
             for layer, gate in zip(self.layers, gated, strict=True):
-                if layer.normalised and gate is not None:
+                if layer.normalised and gate is not None and layer.transposed == gate.transposed:
                     gate.normalised = True
             cost.meter.record(self._bind(args), gated, self._coupled(gates))
             for log in tuple(run_log.graphless):
@@ -105,7 +105,7 @@ class Region:
             parameter = args[weight.position]
             gate = registry.get(parameter)
             if gate is None and weight.reason is None and registry.refusal(parameter) is None:
-                gate = registry.get_or_create(parameter, self.options.block, weight.name)
+                gate = registry.get_or_create(parameter, self.options.block, weight.name, weight.transposed)
             if gate is not None:
                 gate.settle()
                 respecialize.adopt(gate, self.options.respecialize)
@@ -130,7 +130,8 @@ class Region:
         division = _division(gates)
         if division not in self._couplings:
             pairs = list(zip(self.layers, self.gates_by_layer(gates), strict=True))
-            dense = {layer.weight for layer, gate in pairs if gate is None}  # a weight may have a gate for some uses
+            # A weight may have a gate for some uses only, or be read both as [out, in] and as [in, out].
+            dense = {layer.weight for layer, gate in pairs if gate is None or layer.transposed != gate.transposed}
             gated = {
                 layer.node: (layer.weight, gate.block)
                 for layer, gate in pairs
@@ -162,7 +163,7 @@ class Region:
         gated = tuple(by_position[position] for position in gm.meta["gated_weights"])
         extra = [tensor for index in gated if (gate := gates[index]) is not None for tensor in _example(gate, late)]
         nodes = [node for scope in scopes(gm) for node in scope.gm.graph.nodes if "layer" in node.meta]
-        activations = {node.meta["layer"]: str(ops.activation_of(node)) for node in nodes}
+        activations = {node.meta["layer"]: ops.activation_of(node) or "none" for node in nodes}
         return Variant(self._lower(gm, [*args, *extra], late), gated, changes, activations)
 
     def _late_variant(self, gates: Sequence[Gate | None], args: Sequence[Any]) -> Variant:

@@ -1,11 +1,12 @@
 """Graph passes: each takes Dynamo's graph and returns it with one thing changed.
 
 - `gate_linear`: linear nodes whose weight has a gate become `ctrlprune::linear`, the gate's tensors become inputs.
+- `gate_matmul`: products `x @ weight` with such a weight likewise become `ctrlprune::matmul`.
 - `gate_conv`: convolution nodes likewise become `ctrlprune::conv`, on channels-last images.
 - `fuse_activation`: an activation that only a gated layer feeds moves into it.
 - `restore_layout`: what depends on how an image lies in memory gets it as the model had it.
 - `gate_nodes`: what the passes that gate layers share.
-- `layer_nodes`: what a linear or convolution node says.
+- `layer_nodes`: what a layer's node says.
 - `graph_edit`: what every pass needs to leave a clean graph.
 
 Beside them, and no pass since it changes nothing:
@@ -32,6 +33,7 @@ from torch._logging._internal import trace_structured
 from ctrlcompile.passes.fuse_activation import fuse_activation
 from ctrlcompile.passes.gate_conv import gate_conv
 from ctrlcompile.passes.gate_linear import gate_linear
+from ctrlcompile.passes.gate_matmul import gate_matmul
 from ctrlcompile.passes.outline import Outline, outline
 from ctrlcompile.passes.restore_layout import restore_layout
 
@@ -44,6 +46,7 @@ def passes_for(blocks: Mapping[str, tuple[int, int]]) -> list[Pass]:
     """The passes in the order in which they run; `blocks` maps the layers to gate, by node, to their block sides."""
     return [
         functools.partial(gate_linear, blocks=blocks),
+        functools.partial(gate_matmul, blocks=blocks),
         functools.partial(gate_conv, blocks=blocks),
         fuse_activation,
         restore_layout,

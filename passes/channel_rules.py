@@ -58,7 +58,11 @@ def _elementwise(call: Call) -> Tensor | None:
     tensors = [node for node in call.node.all_input_nodes if call.sizes(node) is not None]
     if not tensors:
         return None
-    labels = call.beside(call.channels.joined(*map(call.labels, tensors)), *tensors)
+    return with_constants(call, call.beside(call.channels.joined(*map(call.labels, tensors)), *tensors), tensors)
+
+
+def with_constants(call: Call, labels: Tensor, tensors: Sequence[fx.Node]) -> Tensor:
+    """`labels` of what also depends on `tensors`: constants that vary where they do not count as an input."""
     varying = any(
         size > 1 and labels.shape[dim] == 1
         for tensor in tensors

@@ -21,9 +21,9 @@ from torch import Tensor, fx
 from torch._ops import HigherOrderOperator, OpOverload
 
 from ctrlcompile.controller.coupling import Coupling, Members, Sets
-from ctrlcompile.passes.channel_rules import IN_PLACE, NEW_MEMORY, RULES, Call, Labels
+from ctrlcompile.passes.channel_rules import IN_PLACE, NEW_MEMORY, RULES, Call, Labels, with_constants
 from ctrlcompile.passes.channels import CONSTANT, INPUT, LARGEST, OUTPUT, Channels
-from ctrlcompile.passes.graph_edit import argument
+from ctrlcompile.passes.layer_nodes import is_matmul, operands
 
 Layers: TypeAlias = Mapping[str, tuple[int, tuple[int, int]]]
 Place: TypeAlias = tuple[int, int]  # of a block row or column: number of the weight, number in the weight's grid
@@ -47,8 +47,9 @@ SHAPES = (
 def find_coupling(gm: fx.GraphModule, layers: Layers) -> Coupling | None:
     """How the gated weights of one of Dynamo's graphs are coupled; None where nothing could ever be useless.
 
-    layers: the gated linear and convolution nodes, named as `graph_edit.scopes` does; for each the number of its weight
-        and the sides of the weight's blocks in channels.
+    layers: the gated nodes, named as `graph_edit.scopes` does; for each the number of its weight and the sides of the
+        weight's blocks in channels. Rows are outputs and columns inputs, also of a weight stored [in, out]; all nodes
+        of a weight read it the same way round.
     """
     walk = _Walk(layers)
     walk.run(gm)
@@ -149,24 +150,32 @@ class _Walk:
 
     def _gated(self, node: fx.Node, weight: int, block: tuple[int, int]) -> Tensor | None:
         """Reads the input by block columns, and starts anew with the labels of the block rows."""
-        x, parameter = argument(node, 0, "input"), argument(node, 1, "weight")
+        x, parameter, bias = operands(node)
         sizes, shape, out = self._sizes(x), self._sizes(parameter), self._sizes(node)
         assert sizes is not None
         assert shape is not None
         assert out is not None
         axis = len(sizes) - len(shape) + 1
-        labels = Call(node, self.channels, self._values, self._sizes).labels(x).movedim(axis, 0)
-        labels = labels.expand(sizes[axis], *labels.shape[1:]).unflatten(0, (-1, shape[1]))
-        for column, start in enumerate(range(0, shape[1], block[1])):
+        (outputs, inputs), (height, width) = shape[:2], block
+        if is_matmul(node):
+            outputs, inputs, height, width = inputs, outputs, width, height
+        call = Call(node, self.channels, self._values, self._sizes)
+        labels = call.labels(x).movedim(axis, 0)
+        labels = labels.expand(sizes[axis], *labels.shape[1:]).unflatten(0, (-1, inputs))
+        for column, start in enumerate(range(0, inputs, width)):
             self.columns.add((weight, column))
             self.channels.graph.add_node((weight, column))
-            self.channels.read(labels[:, start : start + block[1]], (weight, column))
-        rows = range(-(-shape[0] // block[0]))
+            self.channels.read(labels[:, start : start + width], (weight, column))
+        rows = range(-(-outputs // height))
         for row in rows:
             if (weight, row) not in self.rows:
                 self.rows[weight, row] = self.channels.new()
-        of_channel = torch.tensor([self.rows[weight, row] for row in rows]).repeat_interleave(block[0])[: shape[0]]
-        return of_channel.view([shape[0] if dim == axis else 1 for dim in range(len(out))])
+        of_channel = torch.tensor([self.rows[weight, row] for row in rows]).repeat_interleave(height)[:outputs]
+        labels = of_channel.view([outputs if dim == axis else 1 for dim in range(len(out))])
+        if bias is None or not is_matmul(node):
+            return labels
+        # What an addmm adds need be no bias: it may be anything that the graph computes.
+        return with_constants(call, self.channels.joined(labels, call.labels(bias)), [bias])
 
     def _mutate(self, node: fx.Node) -> None:
         """What an operator writes into shows in every value that may lie in the same memory."""

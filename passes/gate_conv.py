@@ -11,8 +11,8 @@ from torch import fx
 
 from ctrlcompile import ops
 from ctrlcompile.kernels.window import channels_last
-from ctrlcompile.passes.gate_nodes import Block, GateNodes, gate_nodes, operands
-from ctrlcompile.passes.layer_nodes import is_conv, window_of
+from ctrlcompile.passes.gate_nodes import Block, GateNodes, gate_nodes, with_first_output
+from ctrlcompile.passes.layer_nodes import is_conv, operands, window_of
 
 
 def gate_conv(gm: fx.GraphModule, example_inputs: Sequence[Any], *, blocks: Mapping[str, Block]) -> fx.GraphModule:
@@ -20,10 +20,10 @@ def gate_conv(gm: fx.GraphModule, example_inputs: Sequence[Any], *, blocks: Mapp
     return gate_nodes(gm, blocks, is_conv, _gated)
 
 
-def _gated(node: fx.Node, gate: GateNodes, block: Block) -> fx.Node:
+def _gated(node: fx.Node, gate: GateNodes, block: Block) -> tuple[fx.Node, fx.Node]:
     window = window_of(node)
     assert window is not None  # only convolutions come here
     x, weight, bias = operands(node)
     image = channels_last(fx.Proxy(x), x.meta["example_value"].dim()).node  # type: ignore[arg-type, attr-defined]
     arguments = (image, weight, bias, *gate, *block, "none", *window.arguments)
-    return node.graph.call_function(ops.conv.default, arguments)
+    return with_first_output(node.graph.call_function(ops.conv.default, arguments))

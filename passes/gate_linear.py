@@ -6,8 +6,8 @@ from typing import Any
 from torch import fx
 
 from ctrlcompile import ops
-from ctrlcompile.passes.gate_nodes import Block, GateNodes, gate_nodes, operands
-from ctrlcompile.passes.layer_nodes import is_linear
+from ctrlcompile.passes.gate_nodes import Block, GateNodes, gate_nodes, with_first_output
+from ctrlcompile.passes.layer_nodes import is_linear, operands
 
 
 def gate_linear(gm: fx.GraphModule, example_inputs: Sequence[Any], *, blocks: Mapping[str, Block]) -> fx.GraphModule:
@@ -15,5 +15,6 @@ def gate_linear(gm: fx.GraphModule, example_inputs: Sequence[Any], *, blocks: Ma
     return gate_nodes(gm, blocks, is_linear, _gated)
 
 
-def _gated(node: fx.Node, gate: GateNodes, block: Block) -> fx.Node:
-    return node.graph.call_function(ops.linear.default, (*operands(node), *gate, *block, "none"))
+def _gated(node: fx.Node, gate: GateNodes, block: Block) -> tuple[fx.Node, fx.Node]:
+    call = node.graph.call_function(ops.linear.default, (*operands(node), *gate, *block, "none"))
+    return with_first_output(call)

@@ -1,6 +1,5 @@
 """What every pass needs to leave a clean graph."""
 
-import operator
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -31,9 +30,11 @@ class Scope:
         return self.call.args[1 + inputs.index(node)] if node in inputs else None  # type: ignore[return-value]
 
     def bring_in(self, outer: fx.Node) -> fx.Node:
-        """A node of this graph with the value of a node of the whole graph: in a body, one more input."""
+        """A node of this graph with the value of a node of the whole graph: in a body an input, if need be one more."""
         if self.call is None:
             return outer
+        if outer in self.call.args:
+            return self.gm.graph.find_nodes(op="placeholder")[self.call.args.index(outer) - 1]
         with self.gm.graph.inserting_after(self.gm.graph.find_nodes(op="placeholder")[-1]):
             node = self.gm.graph.placeholder(outer.name)
         self.call.args = (*self.call.args, outer)
@@ -91,13 +92,6 @@ def copy_meta(old: fx.Node, new: fx.Node) -> fx.Node:
     """Gives a new node the source location of the one that it replaces."""
     new.meta.update({key: old.meta[key] for key in COPIED_META if key in old.meta})
     return new
-
-
-def first_output(graph: fx.Graph, call: fx.Node, old: fx.Node) -> fx.Node:
-    """The first of a call's outputs, standing for `old`."""
-    item = copy_meta(old, graph.call_function(operator.getitem, (call, 0)))
-    item.meta["example_value"] = old.meta["example_value"]
-    return item
 
 
 def clean(gm: fx.GraphModule) -> fx.GraphModule:

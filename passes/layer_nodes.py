@@ -1,5 +1,10 @@
-"""What a linear or convolution node of Dynamo's graph says: its kind, how its window moves, why it cannot be gated."""
+"""What a layer's node of Dynamo's graph says: its kind and operands, how its window moves, why it cannot be gated.
 
+A layer is a linear, a convolution, or a matmul: a product `x @ weight`, perhaps with something added, where the weight
+is a Parameter stored [in, out]. A product of two values that the graph computes, as in attention, is none.
+"""
+
+import operator
 from typing import Any
 
 import torch
@@ -11,6 +16,11 @@ from ctrlcompile.passes.graph_edit import argument
 LINEAR = (torch.nn.functional.linear, torch._C._nn.linear)
 CONV = (torch.conv1d, torch.conv2d, torch.conv3d)
 TRANSPOSED = (torch.conv_transpose1d, torch.conv_transpose2d, torch.conv_transpose3d)
+MATMUL = {
+    **dict.fromkeys((torch.matmul, operator.matmul, "matmul", "__matmul__"), ("input", "other")),
+    **dict.fromkeys((torch.mm, "mm"), ("input", "mat2")),
+    **dict.fromkeys((torch.addmm, "addmm"), ("input", "mat1", "mat2")),
+}  # functions and methods, with the names of their operands
 
 
 def is_linear(node: fx.Node) -> bool:
@@ -23,34 +33,62 @@ def is_conv(node: fx.Node) -> bool:
     return node.op == "call_function" and node.target in CONV
 
 
+def is_matmul(node: fx.Node) -> bool:
+    """Whether it is `x @ weight`, or `addmm` of such a product, where the weight is a Parameter."""
+    called = node.op in ("call_function", "call_method") and node.target in MATMUL
+    if not called or len(node.args) > len(MATMUL[node.target]):  # more are a deprecated order, or a type of the output
+        return False
+    weight = operands(node)[1]
+    return weight.op == "placeholder" and isinstance(weight.meta.get("example_value"), torch.nn.Parameter)
+
+
 def is_layer(node: fx.Node) -> bool:
     """Whether it is a layer that users may expect to be gated."""
-    return node.op == "call_function" and node.target in (*LINEAR, *CONV, *TRANSPOSED)
+    return is_matmul(node) or (node.op == "call_function" and node.target in (*LINEAR, *CONV, *TRANSPOSED))
+
+
+def operands(node: fx.Node) -> tuple[Any, Any, Any]:
+    """Input, weight and bias of a layer; the bias of an `addmm` is what it adds, None where nothing is added."""
+    names = MATMUL.get(node.target, ("input", "weight", "bias"))
+    values = [argument(node, i, name) for i, name in enumerate(names)]
+    if names[-1] == "bias":
+        x, weight, bias = values
+    else:
+        bias, x, weight = [None, *values][-3:]
+    return x, weight, bias
 
 
 def is_weight_of(node: fx.Node, user: fx.Node) -> bool:
     """Whether a layer reads `node` as its weight and not otherwise."""
-    return is_layer(user) and argument(user, 1, "weight") is node and argument(user, 0, "input") is not node
+    return is_layer(user) and [value is node for value in operands(user)] == [False, True, False]
 
 
 def obstacle(node: fx.Node) -> str | None:
     """Why a layer cannot be gated whatever its weight, in a user's words, or None."""
     if node.target in TRANSPOSED:
         return "transposed convolutions are not gated"
+    x, weight, _ = operands(node)
     if is_conv(node):
-        x, weight = (argument(node, i, name).meta["example_value"] for i, name in enumerate(("input", "weight")))
-        if x.dim() != weight.dim():
+        if x.meta["example_value"].dim() != weight.meta["example_value"].dim():
             return "its input has no batch dimension"
         if not all(isinstance(value, int | str) for value in _flat(node)):
             return "its window is not the same at every call"
+    elif weight.meta["example_value"].dim() != 2:
+        return "its weight is no matrix"
+    if is_matmul(node):
+        further = {name: value for name, value in node.kwargs.items() if name not in MATMUL[node.target]}
+        if further.pop("beta", 1) != 1 or further.pop("alpha", 1) != 1:
+            return "it scales its terms"
+        if any(value is not None for value in further.values()):
+            return "it is told where to put what it computes, or in which type"
     return None
 
 
 def window_of(node: fx.Node) -> Window | None:
-    """How the window of a convolution moves; None for a linear."""
+    """How the window of a convolution moves; None for any other layer."""
     if not is_conv(node):
         return None
-    taps = argument(node, 1, "weight").meta["example_value"].shape[2:]
+    taps = operands(node)[1].meta["example_value"].shape[2:]
     stride, padding, dilation, groups = _moves(node)
     stride, dilation = (_each(value, len(taps)) for value in (stride, dilation))
     if padding == "valid":

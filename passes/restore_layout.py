@@ -19,6 +19,7 @@ from ctrlcompile.passes.layer_nodes import is_linear
 CHECKPOINT = torch.ops.higher_order.tag_activation_checkpoint
 VIEWS = ("view", "view_as", "as_strided", torch.as_strided)
 OWN = ("aten", "prims", "ctrlprune")
+ROWS = (ops.linear.default, ops.matmul.default)  # what comes out is contiguous, whatever goes in
 
 
 def restore_layout(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> fx.GraphModule:
@@ -41,7 +42,7 @@ def _restore(graph: fx.Graph, moved: set[fx.Node], *, outputs: bool) -> set[fx.N
             for source in filter(_was_contiguous, read):
                 with graph.inserting_before(node):
                     node.replace_input_with(source, copy_meta(source, graph.call_method("contiguous", (source,))))
-        elif _is_conv(node) or (read and not is_linear(node) and node.target is not ops.linear.default):
+        elif _is_conv(node) or (read and not is_linear(node) and node.target not in ROWS):
             moved.add(node)
     return moved
 

@@ -79,6 +79,33 @@ def test_convolutions_are_coupled_through_batch_norm():
     assert [tensor.tolist() for tensor in state[3:]] == [list(range(5)) + [-1] * 4, list(range(5)), list(range(4, 9))]
 
 
+class Normed(nn.Module):
+    """A product followed by a batch norm; the weight is read by a linear beside it, or not."""
+
+    def __init__(self, linear: bool) -> None:
+        super().__init__()
+        self.encoder = nn.Linear(64, 48, bias=False) if linear else None
+        self.weight = nn.Parameter(torch.randn(48, 64) / 7) if self.encoder is None else self.encoder.weight
+        self.norm = nn.BatchNorm1d(64)
+
+    def forward(self, x):
+        hidden = x[:, :48] if self.encoder is None else self.encoder(x)
+        return self.norm(hidden @ self.weight)
+
+
+@pytest.mark.parametrize("both_ways", [False, True])
+def test_outputs_are_normalised_where_a_batch_norm_follows_what_the_gate_takes_for_outputs(both_ways):
+    model = Normed(both_ways)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    run = torch.compile(model, backend="ctrlprune", options=ONE_LINE)
+    for _ in range(2):
+        run(torch.randn(8, 64)).square().mean().backward()
+        optimizer.step()
+    (gate,) = cc.gates(model).values()
+    assert gate.transposed is not both_ways
+    assert gate.normalised is not both_ways
+
+
 @pytest.mark.parametrize("strict", [False, True])
 def test_a_graph_that_cannot_be_followed_is_one_warning_and_no_coupling(monkeypatch, strict):
     def fail(*_):

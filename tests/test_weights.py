@@ -7,10 +7,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import ctrlcompile as cc
+from ctrlcompile.controller.coupling import Sets
 
-from .small_models import MLP, assert_like_plain, compiled_and_pruned, masked_entries, prune_
+from .small_models import MLP, Products, assert_like_plain, compiled_and_pruned, masked_entries, prune_
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -92,6 +94,134 @@ def test_a_linear_called_twice_has_one_mask_and_the_sum_of_the_gradients():
     run, gates = compiled_and_pruned(model)
     assert_like_plain(run, model, torch.randn(6, 40))
     assert len(gates) == 1
+
+
+def pruned_after_a_call(model, *inputs):
+    """The compiled model and the gates that its first call made, with random masks."""
+    run = torch.compile(model, backend="ctrlprune", options=OPTIONS)
+    run(*inputs)
+    gates = cc.gates(model)
+    prune_(gates.values())
+    return run, gates
+
+
+def test_products_with_parameters_are_gated_from_the_first_call_on_and_like_the_plain_model():
+    model, x = Products(), torch.randn(3, 5, 40)
+    assert cc.gates(model) == {}
+    run, gates = pruned_after_a_call(model, x)
+    assert {name: (gate.shape, gate.transposed) for name, gate in gates.items()} == {
+        "projection": ((68, 36), True),
+        "fc.weight": ((40, 68), True),
+    }
+    assert_like_plain(run, model, x)
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-2)
+    for _ in range(3):
+        optimizer.zero_grad()
+        run(x).square().sum().backward()
+        optimizer.step()
+    for name, gate in gates.items():
+        gone = masked_entries(gate)
+        assert not gate.weight[gone].any(), name
+        assert not optimizer.state[gate.weight]["exp_avg"][gone].any(), name
+        assert gate.weight[~gone].all(), name
+    assert_like_plain(run, model, x)
+
+
+def test_products_with_parameters_stay_gated_in_evaluation_checkpoints_and_batches_of_any_size():
+    class Checkpointed(Products):
+        def forward(self, x):
+            return checkpoint(super().forward, x, use_reentrant=False)
+
+    model = Checkpointed()
+    run, gates = pruned_after_a_call(model, torch.randn(3, 5, 40))
+    for rows in (4, 7):
+        assert_like_plain(run, model, torch.randn(rows, 5, 40))
+    with torch.no_grad():
+        torch.testing.assert_close(run(x := torch.randn(6, 2, 40)), model(x), rtol=1e-4, atol=1e-5)
+    assert [row.gated for row in cc.explain(run)(torch.randn(7, 5, 40)).rows] == [True, True]
+    assert len(gates) == 2
+
+
+def test_under_autocast_a_product_with_a_parameter_is_as_the_plain_models():
+    model, x = Products(), torch.randn(3, 5, 40)
+    with torch.autocast("cpu", torch.bfloat16):
+        run, gates = pruned_after_a_call(model, x)
+        y, plain = run(x), model(x)
+        y.float().square().sum().backward()
+    assert y.dtype == plain.dtype == torch.bfloat16
+    assert {p.grad.dtype for p in model.parameters()} == {torch.float32}
+    for gate in gates.values():
+        assert not gate.weight.grad[masked_entries(gate)].any()
+    exact = torch.relu(x.double() @ model.fc.weight.double() + model.fc.bias) @ model.projection.double()
+    distance = (y - exact).detach().norm() / exact.detach().norm()
+    assert distance < 0.02, "inputs, weights and what is between are rounded, by at most 2**-9 each"
+
+
+class Autoencoder(nn.Module):
+    """Encodes by a weight and decodes by the same, read the other way round."""
+
+    def __init__(self, recompute: bool):
+        super().__init__()
+        self.recompute = recompute
+        self.encoder, self.first, self.second = nn.Linear(64, 40), nn.Linear(40, 40), nn.Linear(40, 40)
+        self.bias = nn.Parameter(torch.zeros(64))
+
+    def forward(self, x):
+        return checkpoint(self.both, x, use_reentrant=False) if self.recompute else self.both(x)
+
+    def both(self, x):
+        hidden = torch.relu(self.first(torch.relu(self.encoder(x))))
+        return torch.addmm(self.bias, torch.relu(self.second(hidden)), self.encoder.weight)
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        lambda x, w: torch.addmm(w, x, w),
+        lambda x, w: x @ w + (w @ w).mean(),
+        lambda x, w: x @ w + w.square().mean(),
+        lambda x, w: x @ w @ w.t(),
+    ],
+)
+def test_a_weight_that_is_read_as_a_value_too_stays_dense_with_a_reason(body):
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(40, 40))
+
+        def forward(self, x):
+            return body(x, self.weight)
+
+    model, x = Model(), torch.randn(40, 40)
+    run = torch.compile(model, backend="ctrlprune", options=OPTIONS)
+    rows = cc.explain(run)(x).rows
+    assert {(row.name, row.gated) for row in rows} == {("weight", False)}
+    assert all("shared with another kind of layer" in row.reason for row in rows)
+    assert cc.gates(model) == {}
+    assert_like_plain(run, model, x)
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("gated_first", [False, True])
+def test_a_weight_that_is_read_both_ways_is_gated_and_judged_without_coupling(gated_first, recompute):
+    model, x = Autoencoder(recompute), torch.randn(6, 64)
+    if gated_first:
+        cc.gates(model, 8)
+    optimizer = torch.optim.AdamW(model.parameters())
+    run = torch.compile(model, backend="ctrlprune", options={**OPTIONS, "budget": 0.5})
+    run(x).square().mean().backward()
+    optimizer.step()
+    state = cc.controller_of(optimizer).state_dict()["coupling"]
+    feeds, reads = Sets(*state[:3]).to_members(), Sets(*state[3:]).to_members()
+    nobody = frozenset()
+    assert feeds == [nobody] * 8 + [None] * 5 + [frozenset([row]) for row in range(5, 10)]
+    assert reads == [nobody] * 5 + [frozenset([column]) for column in range(13, 18)] + [None] * 5
+    assert [row.gated for row in cc.explain(run)(x).rows] == [True] * 4
+    gates = cc.gates(model)
+    assert list(gates) == ["encoder.weight", "first.weight", "second.weight"]
+    assert not gates["encoder.weight"].transposed
+    prune_(gates.values())
+    assert_like_plain(run, model, x)
 
 
 def test_excluded_names_stay_dense():

@@ -7,15 +7,15 @@ import random
 from collections.abc import Callable, Mapping
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from ctrlcompile.passes.find_coupling import CHECKPOINT, find_coupling
-from ctrlcompile.passes.graph_edit import argument, scopes
+from ctrlcompile.passes.graph_edit import scopes
+from ctrlcompile.passes.layer_nodes import is_conv, is_linear, is_matmul, operands
 
-PRODUCTS = (F.linear, F.conv1d, F.conv2d, F.conv3d)
 TRIALS = 3  # a change may hide behind a ReLU
 Found = list[frozenset[int] | None]
+Lines = tuple[int, int]  # channels, and how many make a block
 
 
 class Cut(fx.Interpreter):
@@ -31,10 +31,13 @@ class Cut(fx.Interpreter):
         name = f"{self.prefix}{node.name}"
         if name not in self.products:
             return super().run_node(node)
-        self.inputs[name] = self.env[argument(node, 0, "input")].clone()
+        x, _, bias = operands(node)
+        self.inputs[name] = self.env[x].clone()
         given = self.products[name]
         self.outputs[name] = super().run_node(node) if given is None else given
-        return self.outputs[name].clone()
+        # What an addmm adds is no part of its product.
+        added = self.env[bias] if given is not None and bias is not None and is_matmul(node) else 0
+        return self.outputs[name] + added
 
     def call_function(self, target, args, kwargs):
         if target is not CHECKPOINT:
@@ -66,31 +69,33 @@ class Graph:
         (self.data,) = (
             i for i, t in enumerate(self.arguments) if isinstance(t, Tensor) and t.data_ptr() == x.data_ptr()
         )
+        self.axes: dict[str, int] = {}  # the dimension of the channels, from the right
         self.layers: dict[str, tuple[int, tuple[int, int]]] = {}
-        self.shapes: dict[str, tuple[int, ...]] = {}
+        self.grids: dict[str, tuple[Lines, Lines]] = {}  # of rows and of columns
         weights: dict[fx.Node, tuple[int, tuple[int, int]]] = {}
         for scope in scopes(self.gm):
             for node in scope.gm.graph.nodes:
-                if node.target in PRODUCTS and not (dense and dense in str(node.meta["nn_module_stack"])):
-                    weight = scope.outer(argument(node, 1, "weight"))
+                product = is_linear(node) or is_matmul(node) or is_conv(node)
+                if product and not (dense and dense in str(node.meta["nn_module_stack"])):
+                    weight = scope.outer(operands(node)[1])
                     shape = weight.meta["example_value"].shape
                     block = tuple(random.randint(max(2, side // 3), max(2, side // 2)) for side in shape[:2])
                     name = f"{scope.prefix}{node.name}"
                     self.layers[name] = weights.setdefault(weight, (len(weights), block))
-                    self.shapes[name] = tuple(shape)
+                    sides = tuple(zip(shape, self.layers[name][1], strict=False))
+                    self.grids[name] = sides[::-1] if is_matmul(node) else sides
+                    self.axes[name] = 1 - len(shape)
         self.coupling = find_coupling(self.gm, self.layers)
         cut = self.run(dict.fromkeys(self.layers), x)[0]
         self.out_shapes = {name: value.shape for name, value in cut.outputs.items()}
-        self.in_channels = {name: value.shape[self.axis(name)] for name, value in cut.inputs.items()}
         self.rows, self.columns = self._places(0), self._places(1)
 
     def _places(self, side: int) -> list[tuple[int, int]]:
-        grids = {number: -(-self.shapes[name][side] // block[side]) for name, (number, block) in self.layers.items()}
-        return [(number, place) for number in sorted(grids) for place in range(grids[number])]
-
-    def axis(self, name: str) -> int:
-        """The dimension of the channels, from the right."""
-        return 1 - len(self.shapes[name])
+        counts = {}
+        for name, (number, _) in self.layers.items():
+            channels, width = self.grids[name][side]
+            counts[number] = -(-channels // width)
+        return [(number, place) for number in sorted(counts) for place in range(counts[number])]
 
     def run(self, given: Mapping[str, Tensor | None], data: Tensor) -> tuple[Cut, list[Tensor]]:
         """What went through the products, and the graph's outputs."""
@@ -109,19 +114,20 @@ class Graph:
         """Outputs of the products that vary with the channel alone."""
         given = {}
         for name, shape in self.out_shapes.items():
-            values = torch.randn(shape[self.axis(name)], dtype=torch.float64)
-            given[name] = values.view([-1] + [1] * (-1 - self.axis(name))).expand(shape).contiguous()
+            values = torch.randn(shape[self.axes[name]], dtype=torch.float64)
+            given[name] = values.view([-1] + [1] * (-1 - self.axes[name])).expand(shape).contiguous()
         return given
 
     def with_row(self, given: dict[str, Tensor], row: tuple[int, int]) -> dict[str, Tensor]:
         """The same with other values, that vary with everything, in the channels of one block row."""
         changed = dict(given)
-        for name, (number, block) in self.layers.items():
+        for name, (number, _) in self.layers.items():
             if number == row[0]:
-                here = slice(row[1] * block[0], (row[1] + 1) * block[0])
-                changed[name] = given[name].movedim(self.axis(name), 0).clone()
+                (_, height), _ = self.grids[name]
+                here = slice(row[1] * height, (row[1] + 1) * height)
+                changed[name] = given[name].movedim(self.axes[name], 0).clone()
                 changed[name][here] = 4 * torch.randn_like(changed[name][here])
-                changed[name] = changed[name].movedim(0, self.axis(name)).contiguous()
+                changed[name] = changed[name].movedim(0, self.axes[name]).contiguous()
         return changed
 
     def readers(self) -> Found:
@@ -153,9 +159,10 @@ class Graph:
     def _columns_where(self, differ: Mapping[str, Tensor]) -> set[int]:
         """The columns that see any of the entries of the products' inputs that `differ`."""
         found = set()
-        for name, (number, block) in self.layers.items():
-            channels = differ[name].movedim(self.axis(name), 0).flatten(1).any(1)
-            in_any_group = channels.view(-1, self.shapes[name][1]).any(0)
-            places = {place for place, part in enumerate(in_any_group.split(block[1])) if part.any()}
+        for name, (number, _) in self.layers.items():
+            _, (inputs, width) = self.grids[name]
+            channels = differ[name].movedim(self.axes[name], 0).flatten(1).any(1)
+            in_any_group = channels.view(-1, inputs).any(0)
+            places = {place for place, part in enumerate(in_any_group.split(width)) if part.any()}
             found |= {self.columns.index((number, place)) for place in places}
         return found

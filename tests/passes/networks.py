@@ -97,13 +97,11 @@ class Mixer(nn.Module):
 class Attention(nn.Module):
     """Causal attention; one product makes queries, keys and values, or three do."""
 
-    def __init__(self, width: int, heads: int, together: bool) -> None:
+    def __init__(self, width: int, heads: int, together: bool, layer: type[nn.Module] = nn.Linear) -> None:
         super().__init__()
         self.heads, self.together = heads, together
-        self.inputs = nn.ModuleList(
-            nn.Linear(width, width * (3 if together else 1)) for _ in range(1 if together else 3)
-        )
-        self.output = nn.Linear(width, width)
+        self.inputs = nn.ModuleList(layer(width, width * (3 if together else 1)) for _ in range(1 if together else 3))
+        self.output = layer(width, width)
 
     def forward(self, x: Tensor) -> Tensor:
         batch, time, width = x.shape
@@ -114,17 +112,17 @@ class Attention(nn.Module):
 
 
 class Transformer(nn.Module):
-    """Two pre-norm layers over tokens; `recompute` checkpoints each of them."""
+    """Two pre-norm layers over tokens, of linears or of `Conv1D`; `recompute` checkpoints each of them."""
 
-    def __init__(self, together: bool = True, recompute: bool = False, width: int = 12) -> None:
+    def __init__(
+        self, together: bool = True, recompute: bool = False, width: int = 12, layer: type[nn.Module] = nn.Linear
+    ) -> None:
         super().__init__()
         self.recompute = recompute
         self.embedding, self.position = nn.Embedding(20, width), nn.Parameter(torch.randn(7, width))
         self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in range(5))
-        self.attention = nn.ModuleList(Attention(width, 3, together) for _ in range(2))
-        self.mlps = nn.ModuleList(
-            nn.Sequential(nn.Linear(width, 22), nn.GELU(), nn.Linear(22, width)) for _ in range(2)
-        )
+        self.attention = nn.ModuleList(Attention(width, 3, together, layer) for _ in range(2))
+        self.mlps = nn.ModuleList(nn.Sequential(layer(width, 22), nn.GELU(), layer(22, width)) for _ in range(2))
         self.head = nn.Linear(width, 20)
 
     def layer(self, x: Tensor, i: int) -> Tensor:

@@ -13,9 +13,10 @@ from ctrlcompile import ops
 from ctrlcompile.kernels.window import Window
 from ctrlcompile.passes.fuse_activation import fuse_activation
 from ctrlcompile.passes.gate_conv import gate_conv
+from ctrlcompile.passes.gate_matmul import gate_matmul
 from ctrlcompile.passes.gate_nodes import GATE_INPUTS
 from ctrlcompile.passes.graph_edit import copy_graph
-from ctrlcompile.passes.layer_nodes import is_conv, obstacle, window_of
+from ctrlcompile.passes.layer_nodes import is_conv, is_matmul, obstacle, window_of
 from ctrlcompile.passes.restore_layout import restore_layout
 
 from ..small_models import prune_
@@ -156,6 +157,26 @@ def test_what_depends_on_the_layout_gets_it_as_the_model_had_it(reader, copies):
     for ours, plain in zip(found, expected, strict=True):
         torch.testing.assert_close(ours, plain, rtol=1e-4, atol=1e-4)
         assert ours.stride() == plain.stride()
+
+
+@pytest.mark.parametrize("product", [lambda y, w, b: y @ w, lambda y, w, b: torch.addmm(b, y[0], w)])
+def test_a_gated_matmul_hands_on_contiguous_rows_whatever_it_reads(product):
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.weight = nn.Conv1d(16, 16, 3, padding=1), nn.Parameter(torch.randn(8, 24))
+            self.bias = nn.Parameter(torch.randn(24))
+
+        def forward(self, x):
+            return product(self.conv(x), self.weight, self.bias).view(2, -1)
+
+    model, x = Model(), torch.randn(2, 16, 8)
+    captured = Captured(model, x)
+    blocks = {node.name: (8, 8) for node in captured.gm.graph.nodes if is_matmul(node)}
+    gm = gate_matmul(captured.gated(), captured.inputs, blocks=blocks)
+    before = targets(gm)
+    assert ops.matmul.default in before
+    assert targets(restore_layout(gm, captured.inputs)) == before
 
 
 def test_a_graph_without_gated_convolutions_keeps_its_views_as_they_are():

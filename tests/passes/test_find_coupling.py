@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from ..small_models import Conv1D
 from .brute_force import Found, Graph
 from .networks import DenseNet, Mixer, ResNet, Transformer
 
@@ -32,8 +33,20 @@ def covers(claimed: Found, true: Found) -> bool:
         (lambda: Transformer(together=True), tokens),
         (lambda: Transformer(together=False), tokens),
         (lambda: Transformer(recompute=True), tokens),
+        (lambda: Transformer(layer=Conv1D), tokens),
+        (lambda: Transformer(together=False, recompute=True, layer=Conv1D), tokens),
     ],
-    ids=["resnet", "bottleneck", "densenet", "mixer", "transformer", "transformer_qkv", "transformer_checkpoint"],
+    ids=[
+        "resnet",
+        "bottleneck",
+        "densenet",
+        "mixer",
+        "transformer",
+        "transformer_qkv",
+        "transformer_checkpoint",
+        "gpt2",
+        "gpt2_qkv_checkpoint",
+    ],
 )
 def test_feeders_and_readers_are_exactly_those_that_brute_force_finds(model, draw):
     graph = Graph(model(), draw)
@@ -204,6 +217,47 @@ def test_two_uses_of_one_weight_feed_and_read_together():
     assert len(graph.layers) == 3
     assert graph.coupling.feeds.to_members() == graph.feeders()
     assert graph.coupling.reads.to_members() == graph.readers()
+
+
+class Products(nn.Module):
+    """Two linears and two weights stored [in, out], put together by `body`."""
+
+    def __init__(self, body):
+        super().__init__()
+        self.body, self.first, self.last = body, nn.Linear(10, 12), nn.Linear(14, 8)
+        self.one, self.other = nn.Parameter(torch.randn(12, 14)), nn.Parameter(torch.randn(10, 14))
+        self.place = nn.Parameter(torch.randn(5, 14))
+
+    def forward(self, x):
+        hidden = torch.relu(self.first(x))
+        return self.last(torch.tanh(self.body(x, hidden, self.one, self.other, self.place)))
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        lambda x, hidden, one, other, place: hidden @ one + x.matmul(other),
+        lambda x, hidden, one, other, place: torch.addmm(torch.mm(x, other), hidden, one),
+        lambda x, hidden, one, other, place: torch.addmm(torch.relu(x @ other)[:, :1], hidden, one),
+        lambda x, hidden, one, other, place: torch.addmm(place[:1], hidden, one),
+    ],
+    ids=["sum", "sum_in_one", "one_channel_for_all", "bias"],
+)
+def test_what_a_product_adds_feeds_beside_it(body):
+    graph = Graph(Products(body), lambda: torch.randn(5, 10, dtype=torch.float64))
+    assert graph.coupling.reads.to_members() == graph.readers()
+    assert graph.coupling.feeds.to_members() == graph.feeders()
+
+
+def test_a_position_that_a_product_adds_is_a_feature_that_no_gate_switches():
+    def body(x, hidden, one, other, place):
+        return torch.addmm(place, hidden, one)
+
+    graph = Graph(Products(body), lambda: torch.randn(5, 10, dtype=torch.float64))
+    assert graph.coupling.reads.to_members() == graph.readers()
+    *_, last = graph.layers.values()
+    feeds = zip(graph.columns, graph.coupling.feeds.to_members(), strict=True)
+    assert all(members is None for (weight, _), members in feeds if weight == last[0])
 
 
 def test_an_output_that_leaves_the_graph_is_read_by_others():

@@ -9,6 +9,8 @@ from ctrlcompile.passes.graph_edit import copy_graph, scopes
 from ctrlcompile.passes.layer_nodes import is_layer
 from ctrlcompile.passes.outline import outline
 
+from ..small_models import Products
+
 
 class Small(nn.Module):
     """A batch norm with buffers, a tuple that is taken apart, an activation checkpoint, a slice."""
@@ -66,3 +68,20 @@ def test_it_shows_the_operators_between_inputs_and_output_with_their_modules_and
     assert [(node.module, node.shape) for node in gated] == [("first", "8 x 80"), ("second", "8 x 40")]
     assert "relu" not in [node.operator for node in after], "it moved into the layer"
     assert len(after) == len(before) - 1
+
+
+def test_a_gated_matmul_is_shown_with_its_shape_before_what_it_adds():
+    gm, example_inputs = graph_of(Products(), torch.randn(8, 40))
+    layers = [node.name for node in gm.graph.nodes if is_layer(node)]
+    _, changes = run(copy_graph(gm), example_inputs, passes_for(dict.fromkeys(layers, (8, 8))))
+    assert [(node.operator, node.module, node.shape) for node in changes[-1].outlines[1]] == [
+        ("input", "", "8 x 40"),
+        ("view", "fc", "8 x 40"),
+        ("ctrlprune::matmul", "fc", "8 x 68"),
+        ("add", "fc", "8 x 68"),
+        ("view", "fc", "8 x 68"),
+        ("relu", "", "8 x 68"),
+        ("ctrlprune::matmul", "", "8 x 36"),
+        ("output", "", ""),
+    ]
+    assert [node.name for node in changes[-1].outlines[1] if "ctrlprune" in node.operator] == layers
