@@ -1,10 +1,10 @@
-"""A row per linear and convolution of a model: gated or why not, its blocks, density, kernel and share of the FLOPs."""
+"""A row per layer of a model: gated or why not, its blocks, density, kernel and share of the FLOPs."""
 
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from rich.table import Table
 from torch import Tensor, nn
@@ -19,18 +19,20 @@ from ctrlcompile.layers import Layer
 from ctrlcompile.region import Visit, watch
 from ctrlcompile.variants import BLOCK_SPARSE
 
+T = TypeVar("T")
+
 
 @dataclass(frozen=True)
 class Row:
-    """One layer (a linear or a convolution), or one call of it where it is called more than once.
+    """One layer (a linear, a matmul or a convolution), or one call of it where it is called more than once.
 
     Attributes:
         name: of its weight, as in `named_parameters()`.
         module: path of the module that calls it; empty for the model itself.
-        shape: of its weight, `(out, in)` or `(out, in / groups, *window)`.
+        shape: of its weight, `(out, in)` or `(out, in / groups, *window)`; `(in, out)` where `transposed`.
         gated: whether blocks of it can be switched.
         reason: why it is not; empty when it is.
-        block: sides of a block, in features or channels; None when not gated.
+        block: sides of a block along these dimensions, in features or channels; None when not gated.
         density: active blocks / all blocks; 1.0 when not gated.
         kernel: what computes it.
         flops: of forward and backward in a training step with these inputs, at the present density; 2 per multiply-add.
@@ -39,6 +41,7 @@ class Row:
         kernel_sources: the generated source of the block-sparse kernels by role (forward, dgrad, wgrad); empty when
             there are none.
         variants: the variant in force for each role, see `ctrlcompile.variants`; empty when not gated.
+        transposed: whether the weight is stored [in, out], as in `x @ weight`.
     """
 
     name: str
@@ -54,6 +57,7 @@ class Row:
     source: str
     kernel_sources: dict[str, Path] = field(default_factory=dict)
     variants: dict[str, str] = field(default_factory=dict)
+    transposed: bool = False
 
 
 @dataclass(frozen=True, repr=False)
@@ -106,7 +110,7 @@ class Explanation(tables.Shown):
             block = f"{row.block[0]} x {row.block[1]}" if row.block else "dense"
             what = row.kernel if row.gated else f"{row.kernel}: {row.reason}"
             what += "".join(f"; {role} {name}" for role, name in row.variants.items() if name != BLOCK_SPARSE.kind)
-            shape = " x ".join(map(str, row.shape)) or "?"
+            shape = (" x ".join(map(str, row.shape)) or "?") + (" (in x out)" if row.transposed else "")
             source = row.source.rsplit("/", 1)[-1]
             table.add_row(row.name, shape, block, f"{row.density:.3f}", what, source, f"{self._share(row.flops):.1%}")
         rest = self.dense_flops - sum(row.dense_flops for row in self.rows)
@@ -186,13 +190,25 @@ def _row(name: str, layer: Layer, parameter: Tensor | None, gate: Gate | None, a
     shape, where = () if parameter is None else tuple(parameter.shape), layer.source
     if gate is None or parameter is None:
         why = layer.reason or "no gate"
-        return Row(name, layer.module, shape, False, why, None, 1.0, "Inductor", dense, dense, where)
+        return Row(
+            name, layer.module, shape, False, why, None, 1.0, "Inductor", dense, dense, where,
+            transposed=layer.transposed,
+        )  # fmt: skip
     types = (parameter.device, layer.x_dtype, parameter.dtype)
     reason = kernel_choice.why_no_kernel(*types, gate.block, activation, family=layer.family)
     kernel = kernel_choice.kernel_name(*types, layer.family) if reason is None else f"dense ({reason})"
     sources = kernel_choice.kernel_sources(*types, gate.block, activation, layer.family)
     used = dense * gate.active_share
     variants = respecialize.in_force(gate) if reason is None else {}
+    if layer.transposed:
+        sources, variants = _exchanged(sources), _exchanged(variants)
     return Row(
-        name, layer.module, shape, True, "", gate.block, gate.density, kernel, used, dense, where, sources, variants
+        name, layer.module, shape, True, "", gate.block, gate.density, kernel, used, dense, where, sources, variants,
+        layer.transposed,
     )  # fmt: skip
+
+
+def _exchanged(of_kernel: dict[str, T]) -> dict[str, T]:
+    """By role of a product `x @ weight`, what is known by role of the linear's kernels: they change parts."""
+    kernels = {"forward": "dgrad", "dgrad": "forward", "wgrad": "wgrad"}
+    return {role: of_kernel[kernel] for role, kernel in kernels.items() if kernel in of_kernel}

@@ -66,7 +66,7 @@ class Product:
 
     @property
     def window(self) -> Window | None:
-        """How the window of a convolution moves; None for a linear."""
+        """How the window of a convolution moves; None for any other layer."""
         return calls.window_of(self.arguments)
 
     @property
@@ -111,12 +111,15 @@ class Product:
         bias = None if bias is None else bias.to(self.dtype)
         if self.window is not None:
             return self._dense_conv(tensors, weight, bias, self.window)
+        transposed = calls.is_transposed(self.arguments)
+        weight = weight.t() if transposed else weight
         if self.role == "forward":
             return partial(F.linear, tensors(self.arguments["x"]), weight, bias)
         grad = tensors(self.arguments["grad"]).reshape(-1, weight.shape[0])
         if self.role == "dgrad":
             return partial(torch.mm, grad, weight)
-        return partial(torch.mm, grad.t(), tensors(self.arguments["x"]).reshape(-1, weight.shape[1]))
+        x = tensors(self.arguments["x"]).reshape(-1, weight.shape[1])
+        return partial(torch.mm, x.t(), grad) if transposed else partial(torch.mm, grad.t(), x)
 
     def _dense_conv(
         self, tensors: Callable[[Layout], Tensor], weight: Tensor, bias: Tensor | None, window: Window

@@ -35,7 +35,7 @@ class Row:
         m, k, n: rows, inputs and outputs of the product; a convolution has a row for each position of its output, and
             an input for each tap of an input channel.
         dtype: of the input.
-        block: sides of a block, `(block_out, block_in)`, in features or channels.
+        block: sides of a block along the weight's dimensions, in features or channels.
         kernel: what computes it.
         calls: how often a step computes it.
         density: active blocks / all blocks.

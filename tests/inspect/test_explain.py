@@ -6,9 +6,11 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import ctrlcompile as cc
+from ctrlcompile import kernel_choice, variants
 from ctrlcompile.cost import meter
+from ctrlcompile.variants import DENSE
 
-from ..small_models import prune_
+from ..small_models import Products, prune_
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -106,6 +108,50 @@ def test_after_an_error_in_the_model_explain_works_again(explained):
     with pytest.raises(Exception):  # noqa: B017, PT011
         cc.explain(run)(torch.randn(5, 4, 63))
     assert cc.explain(run)(x).rows
+
+
+def test_a_product_with_a_parameter_has_a_row_in_its_own_orientation_and_others_have_none():
+    class Model(Products):
+        def __init__(self):
+            super().__init__(64, 72, 64)
+            self.scaled, self.vector = nn.Parameter(torch.randn(64, 64)), nn.Parameter(torch.randn(64))
+
+        def forward(self, x):
+            y = torch.addmm(self.vector, super().forward(x).flatten(0, 1), self.scaled, beta=2)
+            return torch.softmax(y @ y.t(), -1) @ y @ self.vector
+
+    model, x = Model(), torch.randn(3, 5, 64)
+    run = torch.compile(model, backend="ctrlprune", options={"block": (8, 16)})
+    run(x)
+    gates = cc.gates(model)
+    prune_(gates.values())
+    found = cc.explain(run)(x)
+    rows = {row.name: row for row in found.rows}
+    assert {name: row.gated for name, row in rows.items()} == {
+        "fc.weight": True,
+        "projection": True,
+        "scaled": False,
+        "vector": False,
+    }
+    assert rows["scaled"].reason == "it scales its terms"
+    assert rows["vector"].reason == "its weight is no matrix"
+    fc = rows["fc.weight"]
+    assert (fc.shape, fc.transposed, fc.block) == ((64, 72), True, (8, 16))
+    assert fc.dense_flops == 2 * 2 * 15 * 64 * 72, "the input needs no gradient"
+    assert fc.flops == pytest.approx(fc.dense_flops * gates["fc.weight"].active_share)
+    assert rows["vector"].dense_flops == 3 * 2 * 15 * 64
+    with FlopCounterMode(display=False) as counter:
+        model(x).sum().backward()
+    assert found.dense_flops == counter.get_total_flops()
+    assert "64 x 72 (in x out)" in str(found)
+
+    table = variants.open_table(gates["fc.weight"])
+    table.nodes["dgrad"].variant = DENSE  # the kernel of a linear's dgrad computes x @ weight
+    fc, plain = cc.explain(run)(x).rows[:2]
+    assert fc.variants == {"forward": "dense", "dgrad": "block-sparse", "wgrad": "block-sparse"}
+    linear = kernel_choice.kernel_sources(x.device, x.dtype, x.dtype, (8, 16), "none")
+    kernels = {"forward": "dgrad", "dgrad": "forward", "wgrad": "wgrad"}
+    assert plain.kernel_sources == {role: linear[kernel] for role, kernel in kernels.items()}
 
 
 def test_a_linear_called_twice_has_a_row_for_each_call_and_counts_twice():

@@ -14,7 +14,7 @@ from ctrlcompile.passes import passes_for, run
 from ctrlcompile.passes.graph_edit import copy_graph
 from ctrlcompile.passes.layer_nodes import is_linear
 
-NAMES = ["gate_linear", "gate_conv", "fuse_activation", "restore_layout"]
+NAMES = ["gate_linear", "gate_matmul", "gate_conv", "fuse_activation", "restore_layout"]
 
 
 class Broken(nn.Module):
@@ -52,7 +52,8 @@ def test_each_change_is_the_text_before_and_after_with_a_diff_that_leads_from_on
     found = changes()
     assert [change.name for change in found] == NAMES
     assert found[0].after == found[1].before
-    gated, conv, fused, restored = found
+    gated, matmul, conv, fused, restored = found
+    assert matmul.before == matmul.after == gated.after, "it has no matmul"
     assert conv.before == conv.after == gated.after, "it has no convolution"
     assert restored.before == restored.after == fused.after
     assert "linear(" in gated.before
@@ -90,19 +91,21 @@ def test_graphs_and_diffs_are_artifacts_in_a_trace(changes):
     handler = Handler()
     trace_log.addHandler(handler)
     try:
-        gated, _, fused, _ = changes()
+        gated, _, _, fused, _ = changes()
     finally:
         trace_log.removeHandler(handler)
     assert artifacts == {
         "ctrlcompile_0_before_passes": gated.before,
         "ctrlcompile_1_gate_linear": gated.after,
         "ctrlcompile_1_gate_linear_diff": gated.diff,
-        "ctrlcompile_2_gate_conv": gated.after,
-        "ctrlcompile_2_gate_conv_diff": "",
-        "ctrlcompile_3_fuse_activation": fused.after,
-        "ctrlcompile_3_fuse_activation_diff": fused.diff,
-        "ctrlcompile_4_restore_layout": fused.after,
-        "ctrlcompile_4_restore_layout_diff": "",
+        "ctrlcompile_2_gate_matmul": gated.after,
+        "ctrlcompile_2_gate_matmul_diff": "",
+        "ctrlcompile_3_gate_conv": gated.after,
+        "ctrlcompile_3_gate_conv_diff": "",
+        "ctrlcompile_4_fuse_activation": fused.after,
+        "ctrlcompile_4_fuse_activation_diff": fused.diff,
+        "ctrlcompile_5_restore_layout": fused.after,
+        "ctrlcompile_5_restore_layout_diff": "",
     }
 
 

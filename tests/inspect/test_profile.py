@@ -16,12 +16,14 @@ from torch.utils.flop_counter import FlopCounterMode
 import ctrlcompile as cc
 from ctrlcompile import calls, ops
 from ctrlcompile.cost import meter
+from ctrlcompile.gate import registry
 from ctrlcompile.inspect import clock
 from ctrlcompile.inspect import profile as profile_function
 from ctrlcompile.inspect.products import Products
 from ctrlcompile.kernels.index_lists import expand
 
 from ..small_models import MLP, prune_
+from ..small_models import Products as SmallProducts
 
 BLOCK = 8
 
@@ -190,6 +192,45 @@ def test_where_nothing_is_masked_both_sides_compute_the_same(dtype, bias):
     for layout, values in tensors.items():
         assert (values.shape, values.stride(), values.dtype) == (layout.shape, layout.strides, dtype)
         assert values.unique().numel() > 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_products_with_a_weight_stored_in_out_are_set_against_the_frameworks(dtype):
+    weight = nn.Parameter(torch.randn(40, 48))
+    gate = registry.get_or_create(weight, (8, 16), "weight", transposed=True)
+    gated = (list(gate.lists), gate.probes, *gate.block)
+    x = torch.randn(5, 40, 4, dtype=dtype).transpose(1, 2)
+    grad = torch.randn(48, dtype=dtype).expand(5, 4, 48)
+    with torch.no_grad(), calls.observe((products := Products()).see):
+        ops.matmul(x, weight, gate.signals, *gated)
+        ops.matmul_dgrad(grad, weight, gated[0], *gate.block)
+        ops.matmul_wgrad(grad, x, weight, *gated)
+    assert [product.role for product in products.found.values()] == ["forward", "dgrad", "wgrad"]
+    tensors: dict[object, torch.Tensor] = {}
+    for product in products.found.values():
+
+        def tensor(layout):
+            return tensors.setdefault(layout, layout.filled())
+
+        ours, dense = product.ours(tensor)(), product.dense(tensor)()
+        ours = ours if isinstance(ours, torch.Tensor) else ours[0]
+        assert (product.sizes, product.dtype) == ((20, 40, 48), dtype)
+        weights = 40 * 48 * (2 if product.role == "wgrad" else 1)
+        assert product.bytes == 20 * (40 + 48) * dtype.itemsize + 4 * weights
+        rough = {torch.float32: 1e-5, torch.bfloat16: 2e-2}[dtype] * float(dense.detach().abs().max())
+        torch.testing.assert_close(ours.view(dense.shape).float(), dense.float(), atol=rough, rtol=0)
+
+
+def test_each_product_of_a_model_of_weights_stored_in_out_has_a_row(one_thread):
+    run = torch.compile(SmallProducts(), backend="ctrlprune", options={"block": BLOCK})
+    rows = cc.profile(run, rounds=1)(torch.randn(3, 5, 40)).rows
+    assert [(row.name, row.role, row.m, row.k, row.n) for row in rows] == [
+        ("fc.weight", "forward", 15, 40, 68),
+        ("fc.weight", "wgrad", 15, 40, 68),
+        ("projection", "forward", 15, 68, 36),
+        ("projection", "dgrad", 15, 68, 36),
+        ("projection", "wgrad", 15, 68, 36),
+    ]
 
 
 @pytest.mark.parametrize(
