@@ -155,8 +155,8 @@ def _started(gates: list[Gate]) -> list[_Run]:
 def _warn_dense() -> None:
     warnings.warn(
         "ctrlcompile trains a model densely although it was given a budget: none of its layers can be gated. Gated are "
-        "linears (torch.nn.functional.linear) and convolutions whose weight is a Parameter; "
-        "print(ctrlcompile.explain(model)(*inputs)) tells of each why not",
+        "linears (torch.nn.functional.linear), products (x @ weight, mm, addmm) and convolutions whose weight is a "
+        "Parameter; print(ctrlcompile.explain(model)(*inputs)) tells of each why not",
         RuntimeWarning,
         stacklevel=2,
     )

@@ -24,7 +24,8 @@ class Controller(controller.Controller):
     >>> loss.backward(); optimizer.step(); controller.step(loss)  # doctest: +SKIP
 
     Args:
-        model: plain or compiled; its linears and convolutions are gated as `ctrlcompile.gates` does.
+        model: plain or compiled; its weights are gated as `ctrlcompile.gates` does. One that a plain matrix product
+            reads (`x @ weight`) has its gate from the first compiled call on: make the controller after that call.
         budget: what the run may use: a `Budget`, or the share of the dense run's training FLOPs, in (0, 1].
         total_steps: optimizer steps of the whole run; None: the budget is a rate to hold.
         optimizer: the one, or the several, that step the model's Parameters; state of a pruned block is zeroed with it.
@@ -58,6 +59,12 @@ class Controller(controller.Controller):
                     f"{type(one).__name__}"
                 )
         found = gates(model, block, exclude=exclude)
+        if not found:
+            raise ValueError(
+                "the model has no weight that can be gated, so there is nothing to control. One that it multiplies by "
+                "itself (x @ weight, as HuggingFace's GPT-2 does) has a gate once the compiled model has run: call it "
+                "once, then make the controller"
+            )
         steps = {id(parameter): one for one in optimizers for parameter in follow.parameters(one)}
         trained = {name: gate for name, gate in found.items() if id(gate.weight) in steps}
         if found and not trained:

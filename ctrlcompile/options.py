@@ -22,7 +22,8 @@ class Options:
         budget: what the run may use of the dense run's training FLOPs, in (0, 1], or a `Budget`. None: no controller,
             masks change only by `Gate.update_` or by a `Controller` of one's own.
         total_steps: optimizer steps of the whole run; None: the budget is a rate to hold.
-        block: sides of a block, `(block_out, block_in)`, in features or channels; an int for a square; "auto" chooses.
+        block: sides of a block along the weight's dimensions, `(block_out, block_in)`, in features or channels; an int
+            for a square; "auto" chooses.
         exclude: shell-style patterns of Parameter names that stay dense.
         strict: raise where the backend would otherwise warn and compute densely.
         log: folder for the run's log, which `ctrlcompile report` reads; None: no log.

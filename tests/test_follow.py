@@ -10,7 +10,7 @@ import torch
 import ctrlcompile as cc
 from ctrlcompile import BudgetError, follow
 
-from .small_models import MLP, masked_entries, random_mask
+from .small_models import MLP, Conv1D, masked_entries, random_mask
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -106,8 +106,8 @@ def test_without_a_budget_no_controller_runs():
     assert all(gate.mask.all() for gate in cc.gates(model).values())
 
 
-class Transposed(torch.nn.Module):
-    """A product with a Parameter that is no linear, and a linear where one is asked for."""
+class Left(torch.nn.Module):
+    """A product with a Parameter on the left, which is no layer, and a linear where one is asked for."""
 
     def __init__(self, linear: bool):
         super().__init__()
@@ -115,7 +115,7 @@ class Transposed(torch.nn.Module):
         self.linear = torch.nn.Linear(64, 64) if linear else torch.nn.Identity()
 
     def forward(self, x):
-        y = x @ self.weight
+        y = (self.weight @ x.t()).t()
         torch._dynamo.graph_break()
         return self.linear(y)
 
@@ -130,7 +130,7 @@ class Transposed(torch.nn.Module):
     ],
 )
 def test_a_budget_for_a_model_without_a_gate_is_told_of_once(linear, options, warned):
-    model = Transposed(linear)
+    model = Left(linear)
     optimizer = torch.optim.AdamW(model.parameters())
     run = torch.compile(model, backend="ctrlprune", options=options)
     follow._warn_dense.cache_clear()
@@ -139,6 +139,49 @@ def test_a_budget_for_a_model_without_a_gate_is_told_of_once(linear, options, wa
         for _ in range(3):
             step(run, optimizer)
     assert sum("none of its layers can be gated" in str(w.message) for w in caught) == warned
+
+
+class Layer(torch.nn.Module):
+    """A layer of GPT-2: attention and an MLP of weights that are stored [in, out]."""
+
+    def __init__(self, width: int = 64, heads: int = 4) -> None:
+        super().__init__()
+        self.heads = heads
+        self.norms = torch.nn.ModuleList(torch.nn.LayerNorm(width) for _ in range(2))
+        self.c_attn, self.attn_proj = Conv1D(width, 3 * width), Conv1D(width, width)
+        self.c_fc, self.c_proj = Conv1D(width, 4 * width), Conv1D(4 * width, width)
+
+    def forward(self, x):
+        heads = (t.unflatten(2, (self.heads, -1)).transpose(1, 2) for t in self.c_attn(self.norms[0](x)).chunk(3, 2))
+        q, k, v = heads
+        weights = torch.softmax(q @ k.transpose(-2, -1) / q.shape[-1] ** 0.5, -1)
+        x = x + self.attn_proj((weights @ v).transpose(1, 2).flatten(2).contiguous())
+        return x + self.c_proj(torch.nn.functional.gelu(self.c_fc(self.norms[1](x)), approximate="tanh"))
+
+
+def test_a_gpt2_of_weights_stored_in_out_trains_to_its_budget():
+    embedding, head = torch.nn.Embedding(50, 64), torch.nn.Linear(64, 50, bias=False)
+    head.weight = embedding.weight
+    model = torch.nn.Sequential(embedding, Layer(), Layer(), head)
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-3)
+    run = torch.compile(model, backend="ctrlprune", options={"budget": 0.5, "total_steps": 60, "block": 8})
+    for _ in range(60):
+        tokens = torch.randint(50, (4, 12))
+        optimizer.zero_grad()
+        torch.nn.functional.cross_entropy(run(tokens).flatten(0, 1), tokens.flatten()).backward()
+        optimizer.step()
+    controller = cc.controller_of(optimizer)
+    assert controller.flops_used == pytest.approx(0.5 * controller.flops_dense, rel=0.01)
+    layers = ("c_attn", "attn_proj", "c_fc", "c_proj")
+    assert set(controller.gates) == {f"{i}.{name}.weight" for i in (1, 2) for name in layers}
+    for gate in controller.gates.values():
+        gone = masked_entries(gate)
+        assert gone.any()
+        assert not gate.weight[gone].any()
+        assert not optimizer.state[gate.weight]["exp_avg"][gone].any()
+    rows = {row.name: row.gated for row in cc.explain(run)(tokens).rows}
+    assert rows == {**dict.fromkeys(controller.gates, True), "0.weight": False}, "attention's products are no layers"
+    torch.testing.assert_close(run(tokens), model(tokens), rtol=1e-4, atol=1e-5)
 
 
 def test_the_state_of_a_block_goes_with_it_whichever_optimizer_owns_it():

@@ -7,9 +7,10 @@ import torch
 from torch import nn
 
 import ctrlcompile as cc
+from ctrlcompile.controller.coupling import Sets
 from ctrlcompile.inspect.run import read
 
-from .small_models import MLP, masked_entries
+from .small_models import MLP, Products, masked_entries
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -183,6 +184,26 @@ def test_wrong_arguments_are_refused_where_they_come_in():
             cc.Controller(MLP(64, 96, 64) if "block" in given else model, **arguments)
     with pytest.raises(TypeError, match=r"torch\.nn\.Module"):
         cc.Controller("model", budget=0.4, optimizer=optimizer)
+
+
+def test_a_controller_of_products_with_parameters_is_made_after_a_compiled_call():
+    model = Products(64, 96, 64)
+    optimizer = torch.optim.AdamW(model.parameters(), 3e-3)
+    make = {"budget": 0.5, "total_steps": STEPS, "optimizer": optimizer}
+    with pytest.raises(ValueError, match=r"nothing to control.*call it once, then make the controller"):
+        cc.Controller(model, **make)
+    run = torch.compile(model, backend="ctrlprune", options={"block": 8})
+    run(torch.randn(2, 64))
+    controller = cc.Controller(model, **make)
+    assert list(controller.gates) == ["fc.weight", "projection"]
+    for _ in range(STEPS):
+        optimizer.zero_grad()
+        run(torch.randn(32, 64)).square().mean().backward()
+        optimizer.step()
+        controller.step()
+    assert share(controller) == pytest.approx(0.5, rel=0.01)
+    feeds = Sets(*controller.state_dict()["coupling"][:3]).to_members()
+    assert feeds == [None] * 8 + [frozenset([i]) for i in range(12)], "one unit's output is the next weight's input"
 
 
 def test_a_checkpoint_of_another_model_is_refused_and_changes_nothing():
