@@ -122,6 +122,8 @@ def why_no_kernel(
             raise
         return _give_up(types, error)
     _working.add(types)
+    if device.type == "cpu" and x_dtype == torch.bfloat16 and isa.has_amx():
+        _tell_of_amx()
     return None
 
 
@@ -246,6 +248,16 @@ def _give_up(types: Types, error: KernelBuildError) -> str:
     _working.discard(types)
     _broken[types] = f"kernel not built: {error}"
     return _broken[types]
+
+
+@functools.cache
+def _tell_of_amx() -> None:
+    warnings.warn(
+        "ctrlcompile prunes layers in bfloat16 on a CPU with AMX: that saves FLOPs, not time. Its kernels compute at "
+        "float32's rate, the CPU's dense bfloat16 products at several times that",
+        RuntimeWarning,
+        stacklevel=4,
+    )
 
 
 def _try(types: Types) -> None:

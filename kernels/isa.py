@@ -40,6 +40,11 @@ def current() -> Isa:
     return {"AVX512": AVX512, "AVX2": AVX2}.get(torch.backends.cpu.get_cpu_capability(), PORTABLE)
 
 
+def has_amx() -> bool:
+    """Whether the CPU has a matrix unit for bfloat16, which dense products use and the kernels here do not."""
+    return bool(torch.cpu._is_amx_tile_supported())
+
+
 class Panel(NamedTuple):
     """A strip of a block's columns whose sums stay in registers: `rows` x (`vectors` * `lanes`) of them at a time."""
 

@@ -17,7 +17,7 @@ from ctrlcompile.kernels.window import Window, channels_last
 from .kernels.problems import within_budget
 from .small_models import random_mask
 
-CUDA, BLOCK = torch.device("cuda"), (16, 32)
+CUDA, BLOCK, BF16 = torch.device("cuda"), (16, 32), torch.bfloat16
 
 
 @pytest.fixture
@@ -153,3 +153,19 @@ def test_a_convolution_of_one_tap_takes_a_batch_of_no_images():
     assert grad_x.shape == x.shape
     assert not grad_weight.any()
     assert not signals.any()
+
+
+@pytest.mark.usefixtures("forgetful")
+@pytest.mark.parametrize(("amx", "dtype", "told"), [(True, BF16, 1), (True, torch.float32, 0), (False, BF16, 0)])
+def test_pruning_in_bfloat16_beside_a_matrix_unit_is_told_of_once(amx, dtype, told, monkeypatch):
+    monkeypatch.setattr(kernel_choice.isa, "has_amx", lambda: amx)
+    kernel_choice._tell_of_amx.cache_clear()
+    model = nn.Sequential(nn.Linear(72, 64), nn.Linear(64, 72)).to(dtype)
+    run = torch.compile(model, backend="ctrlprune", options={"block": 16})
+    x = torch.randn(3, 72, dtype=dtype)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(2):
+            run(x).sum().backward()
+        assert all(row.gated for row in cc.explain(run)(x).rows)
+    assert sum("saves FLOPs, not time" in str(w.message) for w in caught) == told
