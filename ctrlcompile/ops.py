@@ -90,11 +90,6 @@ def _(grad, weight, lists, block_out, block_in):  # type: ignore[no-untyped-def]
     return grad.new_empty(*grad.shape[:-1], weight.shape[1])
 
 
-@torch.library.register_fake("ctrlprune::linear_wgrad", lib=_library)
-def _(grad, x, weight, lists, probes, block_out, block_in):  # type: ignore[no-untyped-def]
-    return weight.new_empty(weight.shape), weight.new_empty((2, *BlockLists(*lists).grid), dtype=torch.float32)
-
-
 @torch.library.register_fake("ctrlprune::matmul", lib=_library)
 def _(x, weight, signals, lists, probes, block_in, block_out):  # type: ignore[no-untyped-def]
     torch._check(x.shape[-1] == weight.shape[0], lambda: f"x has {x.shape[-1]} features, the weight {weight.shape[0]}")
@@ -104,11 +99,6 @@ def _(x, weight, signals, lists, probes, block_in, block_out):  # type: ignore[n
 @torch.library.register_fake("ctrlprune::matmul_dgrad", lib=_library)
 def _(grad, weight, lists, block_in, block_out):  # type: ignore[no-untyped-def]
     return grad.new_empty(*grad.shape[:-1], weight.shape[0])
-
-
-@torch.library.register_fake("ctrlprune::matmul_wgrad", lib=_library)
-def _(grad, x, weight, lists, probes, block_in, block_out):  # type: ignore[no-untyped-def]
-    return weight.new_empty(weight.shape), weight.new_empty((2, *BlockLists(*lists).grid), dtype=torch.float32)
 
 
 @torch.library.register_fake("ctrlprune::conv", lib=_library)
@@ -124,8 +114,10 @@ def _(grad, weight, lists, block_out, block_in, input_size, stride, padding, dil
     return _image(grad, weight.shape[1] * groups, input_size)
 
 
+@torch.library.register_fake("ctrlprune::linear_wgrad", lib=_library)
+@torch.library.register_fake("ctrlprune::matmul_wgrad", lib=_library)
 @torch.library.register_fake("ctrlprune::conv_wgrad", lib=_library)
-def _(grad, x, weight, lists, probes, block_out, block_in, *moves):  # type: ignore[no-untyped-def]
+def _(grad, x, weight, lists, *_):  # type: ignore[no-untyped-def]
     return weight.new_empty(weight.shape), weight.new_empty((2, *BlockLists(*lists).grid), dtype=torch.float32)
 
 

@@ -163,6 +163,22 @@ def test_the_gated_step_has_every_gated_product_and_the_dense_step_none(profiled
     assert profiled.operators["dense"] == []
 
 
+def compared(products: Products, sizes: tuple[int, int, int], dtype: torch.dtype) -> dict[object, torch.Tensor]:
+    """Has each product computed both ways, which must agree; what they were given, by its layout."""
+    tensors: dict[object, torch.Tensor] = {}
+
+    def tensor(layout):
+        return tensors.setdefault(layout, layout.filled())
+
+    for product in products.found.values():
+        ours, dense = product.ours(tensor)(), product.dense(tensor)()
+        ours = ours if isinstance(ours, torch.Tensor) else ours[0]
+        assert (product.sizes, product.dtype) == (sizes, dtype)
+        rough = {torch.float32: 1e-5, torch.bfloat16: 2e-2}[dtype] * float(dense.detach().abs().max())
+        torch.testing.assert_close(ours.view(dense.shape).float(), dense.float(), atol=rough, rtol=0)
+    return tensors
+
+
 @pytest.mark.parametrize(("dtype", "bias"), [*pairs((torch.float32, torch.bfloat16), (True, False))])
 def test_where_nothing_is_masked_both_sides_compute_the_same(dtype, bias):
     layer = nn.Linear(40, 48, bias=bias)
@@ -176,17 +192,7 @@ def test_where_nothing_is_masked_both_sides_compute_the_same(dtype, bias):
         for _ in range(2):
             ops.linear_wgrad(grad, x, layer.weight, lists, gate.probes, *block)
     assert [(p.role, p.calls) for p in products.found.values()] == [("forward", 1), ("dgrad", 1), ("wgrad", 2)]
-    tensors: dict[object, torch.Tensor] = {}
-    for product in products.found.values():
-
-        def tensor(layout):
-            return tensors.setdefault(layout, layout.filled())
-
-        ours, dense = product.ours(tensor)(), product.dense(tensor)()
-        ours = ours if isinstance(ours, torch.Tensor) else ours[0]
-        assert (product.sizes, product.dtype) == ((20, 40, 48), dtype)
-        rough = {torch.float32: 1e-5, torch.bfloat16: 2e-2}[dtype] * float(dense.detach().abs().max())
-        torch.testing.assert_close(ours.view(dense.shape).float(), dense.float(), atol=rough, rtol=0)
+    tensors = compared(products, (20, 40, 48), dtype)
     layouts = {(layout.shape, layout.strides) for layout in tensors}
     assert layouts == {(x.shape, x.stride()), (grad.shape, grad.stride())}
     for layout, values in tensors.items():
@@ -206,19 +212,10 @@ def test_products_with_a_weight_stored_in_out_are_set_against_the_frameworks(dty
         ops.matmul_dgrad(grad, weight, gated[0], *gate.block)
         ops.matmul_wgrad(grad, x, weight, *gated)
     assert [product.role for product in products.found.values()] == ["forward", "dgrad", "wgrad"]
-    tensors: dict[object, torch.Tensor] = {}
+    compared(products, (20, 40, 48), dtype)
     for product in products.found.values():
-
-        def tensor(layout):
-            return tensors.setdefault(layout, layout.filled())
-
-        ours, dense = product.ours(tensor)(), product.dense(tensor)()
-        ours = ours if isinstance(ours, torch.Tensor) else ours[0]
-        assert (product.sizes, product.dtype) == ((20, 40, 48), dtype)
         weights = 40 * 48 * (2 if product.role == "wgrad" else 1)
         assert product.bytes == 20 * (40 + 48) * dtype.itemsize + 4 * weights
-        rough = {torch.float32: 1e-5, torch.bfloat16: 2e-2}[dtype] * float(dense.detach().abs().max())
-        torch.testing.assert_close(ours.view(dense.shape).float(), dense.float(), atol=rough, rtol=0)
 
 
 def test_each_product_of_a_model_of_weights_stored_in_out_has_a_row(one_thread):
