@@ -63,19 +63,18 @@ def load(name: str, source: str, flags: tuple[str, ...]) -> ctypes.CDLL:
 
 @contextlib.contextmanager
 def beside_training(timeout_s: float) -> Iterator[None]:
-    """What this thread compiles inside has a tenth of a core where all are busy, and fails after so many seconds."""
-    _terms.prefix = _YIELDING if shutil.which(_YIELDING[0]) else ()
-    _terms.timeout_s = timeout_s
+    """What this thread compiles inside runs an eighth of the time, and fails after so many seconds."""
+    _terms.in_turns, _terms.timeout_s = True, timeout_s
     try:
         yield
     finally:
-        del _terms.prefix, _terms.timeout_s
+        del _terms.in_turns, _terms.timeout_s
 
 
 def stop_compiling() -> None:
     """Ends the compilers that run; whoever waits for one gets a KernelBuildError."""
     for process in tuple(_running):
-        _kill(process)
+        _signal(process, signal.SIGKILL)
 
 
 def cache_folder() -> Path:
@@ -141,7 +140,7 @@ def _compile(path: Path, source: str, command: tuple[str, ...]) -> Path:
         draft_text.write_text(source)
         started, used = time.perf_counter(), _used_by_children()
         try:
-            result = _run((*getattr(_terms, "prefix", ()), *command, "-o", str(draft), str(draft_text)))
+            result = _run((*command, "-o", str(draft), str(draft_text)))
         except (OSError, subprocess.SubprocessError) as error:
             raise KernelBuildError("the C++ compiler does not run", str(error), "Set CXX to one that works") from error
         if result.returncode or not draft.exists():
@@ -161,23 +160,34 @@ def _compile(path: Path, source: str, command: tuple[str, ...]) -> Path:
 
 
 def _run(command: Sequence[str]) -> "subprocess.CompletedProcess[str]":
-    """Like `subprocess.run`, but what the compiler has started ends with it."""
-    pipe = subprocess.PIPE
+    """Like `subprocess.run`, but what the compiler has started ends with it, and beside training rests in between."""
+    pipe, in_turns = subprocess.PIPE, getattr(_terms, "in_turns", False)
+    timeout_s = getattr(_terms, "timeout_s", _TIMEOUT_S)
+    deadline = time.monotonic() + timeout_s
     with subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, **_OWN_GROUP) as process:
         _running.add(process)
         try:
-            out, errors = process.communicate(timeout=getattr(_terms, "timeout_s", _TIMEOUT_S))
+            while True:
+                try:
+                    out, errors = process.communicate(timeout=_RUNS_S if in_turns else timeout_s)
+                    break
+                except subprocess.TimeoutExpired:
+                    if not in_turns or time.monotonic() > deadline:
+                        raise
+                    _signal(process, signal.SIGSTOP)
+                    time.sleep(_RESTS_S)
+                    _signal(process, signal.SIGCONT)
         except BaseException:
-            _kill(process)
+            _signal(process, signal.SIGKILL)
             raise
         finally:
             _running.discard(process)
     return subprocess.CompletedProcess(command, process.returncode, out, errors)
 
 
-def _kill(process: "subprocess.Popen[str]") -> None:
+def _signal(process: "subprocess.Popen[str]", number: signal.Signals) -> None:
     with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
+        os.killpg(process.pid, number)
 
 
 def _used_by_children() -> float:
@@ -185,10 +195,11 @@ def _used_by_children() -> float:
     return usage.ru_utime + usage.ru_stime
 
 
-# Not idle priority: OpenMP's threads spin while they wait and leave no core idle, and a build would never end.
-_YIELDING = ("nice", "-n", "10")
-# A group, to be ended as one, but no session (all that Python 3.10 has): Linux divides the processor among sessions
-# before it looks at niceness, and the compiler would have as much of a core as the training.
+# Turns of the compiler beside training. A niceness or idle priority is not enough: while it runs at all, two of the
+# training's threads may meet on one core and stay there, until the scheduler looks at its balance, for up to 0.3 s.
+_RUNS_S, _RESTS_S = 0.003, 0.02
+# A group, to be stopped and ended as one. Where it is no session (all that Python 3.10 has), the system ends it when
+# the training is killed during a rest.
 _OWN_GROUP: dict[str, Any] = {"process_group": 0} if sys.version_info >= (3, 11) else {"start_new_session": True}
 _terms = threading.local()
 _running: "set[subprocess.Popen[str]]" = set()

@@ -7,7 +7,7 @@ from typing import TypeVar
 
 import torch
 
-_SHORTEST_S = 2e-3  # what is timed at once: a shorter call is repeated
+_SHORTEST_S = 1e-2  # what is timed at once: a shorter call is repeated
 _MOST_REPEATS = 1000
 
 Name = TypeVar("Name")
@@ -16,17 +16,19 @@ Name = TypeVar("Name")
 def alternate(calls: Mapping[Name, Callable[[], object]], rounds: int, device: torch.device) -> dict[Name, list[float]]:
     """Seconds of each call, one figure per round.
 
-    Each is called twice before (once to compile, once to see how long it takes). Odd rounds go backwards, so that
-    neither of two neighbours always finds what the other left in the cache.
+    Each is called twice before (once to compile, once to see how long it takes), and once more right before it is
+    timed: it finds memory and caches as it leaves them, not as another call did, which may have given megabytes back
+    to the system that come again page by page.
     """
     repeats = {}
     for name, call in calls.items():
         call()
         repeats[name] = min(math.ceil(_SHORTEST_S / _seconds(call, 1, device)), _MOST_REPEATS)
     times: dict[Name, list[float]] = {name: [] for name in calls}
-    for number in range(rounds):
-        for name in list(calls) if number % 2 == 0 else reversed(list(calls)):
-            times[name].append(_seconds(calls[name], repeats[name], device))
+    for _ in range(rounds):
+        for name, call in calls.items():
+            call()
+            times[name].append(_seconds(call, repeats[name], device))
     return times
 
 

@@ -286,9 +286,9 @@ def test_calls_are_timed_in_turn_short_ones_repeated(monkeypatch):
     timed = {name: (lambda name=name, s=s: call(name, s)) for name, s in seconds.items()}
     times = clock.alternate(timed, 3, torch.device("cpu"))
     assert times == {name: [s] * 3 for name, s in seconds.items()}
-    short = ["short"] * 5  # 5 * 2**-11 s are more than 2 ms
-    there, back = [*short, "long", "other"], ["other", "long", *short]
-    assert order == [*["short"] * 2, *["long"] * 2, *["other"] * 2, *there, *back, *there]
+    timed_at_once = {"short": 21, "long": 1, "other": 1}  # 21 * 2**-11 s are more than 10 ms
+    each_round = [name for name, times in timed_at_once.items() for _ in range(1 + times)]
+    assert order == [*["short"] * 2, *["long"] * 2, *["other"] * 2, *each_round * 3]
 
 
 def test_what_cannot_be_profiled_is_an_error_that_says_what_to_do(one_thread):

@@ -4,6 +4,7 @@ import ctypes
 import os
 import random
 import shutil
+import signal
 import stat
 import subprocess
 import sys
@@ -149,19 +150,43 @@ def test_source_that_is_wrong_leaves_nothing_behind(folder):
 
 
 @pytest.mark.skipif(sys.version_info < (3, 11), reason="a process group without a session needs Python 3.11")
-def test_a_compiler_beside_training_yields_to_it_within_its_session_and_can_be_ended_as_a_group(folder, tmp_path):
+def test_a_compiler_beside_training_is_a_group_in_its_session(folder, tmp_path):
     compiler, seen = tmp_path / "c++", tmp_path / "seen"
-    ask = "import os; print(os.getsid(0), os.getpgrp(), os.nice(0), os.sched_getscheduler(0))"
+    ask = "import os; print(os.getsid(0), os.getpgrp())"
     compiler.write_text(f"#!/bin/sh\n[ $1 = --version ] || {sys.executable} -Sc '{ask}' > {seen}\nexec c++ \"$@\"\n")
     compiler.chmod(0o755)
     with pytest.MonkeyPatch.context() as patch, build.beside_training(60):
         patch.setenv("CXX", str(compiler))
         build.load("probe", SOURCE, ())
-    session, group, niceness, scheduler = map(int, seen.read_text().split())
+    session, group = map(int, seen.read_text().split())
     assert session == os.getsid(0)
     assert group != os.getpgrp()
-    assert niceness == min(19, os.nice(0) + 10)
-    assert scheduler == os.SCHED_OTHER
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="reads the state of a process from /proc")
+def test_a_compiler_beside_training_is_stopped_in_between_and_one_that_is_waited_for_is_not(folder, monkeypatch):
+    sent, stopped, tell = [], [], build._signal
+
+    def signalled(process, number):
+        tell(process, number)
+        sent.append(number)
+        if number == signal.SIGSTOP:
+            deadline = time.monotonic() + 20  # a busy machine may take its time
+            while (state := state_of(process)) not in "TDZ" and time.monotonic() < deadline:
+                time.sleep(0.001)
+            stopped.append(state)
+
+    def state_of(process):
+        return Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()[0]
+
+    monkeypatch.setattr(build, "_signal", signalled)
+    build.load("waited_for", SOURCE, ())
+    assert not sent
+    with build.beside_training(60):
+        build.load("beside", SOURCE, ())
+    assert sent == [signal.SIGSTOP, signal.SIGCONT] * (len(sent) // 2)
+    assert "T" in stopped
+    assert set(stopped) <= set("TDZ")  # stopped, waiting for a child of its own that is, or ended
 
 
 def test_a_compilation_counts_with_what_it_used_of_the_processor(folder, tmp_path, monkeypatch):
