@@ -1,4 +1,4 @@
-"""Builds kernels beside the training: one at a time, in one thread, yielding to it, given up after a time."""
+"""Builds kernels beside the training: one at a time, in one thread, in turns with it, given up after a time."""
 
 import atexit
 import logging
@@ -14,7 +14,7 @@ from ctrlcompile.variants import Types
 
 log = logging.getLogger(__name__)
 
-TIMEOUT_S = 180.0  # a build of 1 s takes 9 s where all cores are busy
+TIMEOUT_S = 120.0  # in which it may run: a build of 1 s takes 20 s of training
 
 Recipe: TypeAlias = tuple[Block, Types]  # the sides of a kernel's blocks, outputs and inputs, and its types
 

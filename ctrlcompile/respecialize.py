@@ -83,6 +83,7 @@ def at_boundary(gates: Iterable[Gate], steps_left: Callable[[Gate], int | None])
                 told += [(gate, outcome) for outcome in plan.outcomes]
                 plan.outcomes.clear()
         _grant(wishes)
+    build.give_turn()
     return told
 
 

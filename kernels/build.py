@@ -63,7 +63,12 @@ def load(name: str, source: str, flags: tuple[str, ...]) -> ctypes.CDLL:
 
 @contextlib.contextmanager
 def beside_training(timeout_s: float) -> Iterator[None]:
-    """What this thread compiles inside runs an eighth of the time, and fails after so many seconds."""
+    """What this thread compiles inside runs in the turns that training gives it, and fails after so many seconds.
+
+    A low priority is not enough. At idle priority it never ends where the training's threads spin while they wait. With
+    any other, while it has one core the scheduler may put two of these threads on another and leave them there until it
+    next looks at its balance: beside a niceness of 10, steps of 25 ms took up to 180 ms (Linux 6.18, two cores).
+    """
     _terms.in_turns, _terms.timeout_s = True, timeout_s
     try:
         yield
@@ -71,10 +76,20 @@ def beside_training(timeout_s: float) -> Iterator[None]:
         del _terms.in_turns, _terms.timeout_s
 
 
+def give_turn() -> None:
+    """Lets what compiles beside training run for a twentieth of the time since its last turn, while the caller waits.
+
+    Training calls it after each step. A compiler that gets no turn for some seconds, since nothing trains or since
+    steps are that long, runs without.
+    """
+    for compiler in tuple(_running):
+        compiler.take_turn()
+
+
 def stop_compiling() -> None:
     """Ends the compilers that run; whoever waits for one gets a KernelBuildError."""
-    for process in tuple(_running):
-        _signal(process, signal.SIGKILL)
+    for compiler in tuple(_running):
+        compiler.signal(signal.SIGKILL)
 
 
 def cache_folder() -> Path:
@@ -160,34 +175,71 @@ def _compile(path: Path, source: str, command: tuple[str, ...]) -> Path:
 
 
 def _run(command: Sequence[str]) -> "subprocess.CompletedProcess[str]":
-    """Like `subprocess.run`, but what the compiler has started ends with it, and beside training rests in between."""
-    pipe, in_turns = subprocess.PIPE, getattr(_terms, "in_turns", False)
-    timeout_s = getattr(_terms, "timeout_s", _TIMEOUT_S)
-    deadline = time.monotonic() + timeout_s
+    """Like `subprocess.run`, but what the compiler has started ends with it, and may run in turns."""
+    pipe = subprocess.PIPE
     with subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, **_OWN_GROUP) as process:
-        _running.add(process)
+        compiler = _Compiler(process, getattr(_terms, "timeout_s", _TIMEOUT_S), getattr(_terms, "in_turns", False))
+        _running.add(compiler)
         try:
-            while True:
-                try:
-                    out, errors = process.communicate(timeout=_RUNS_S if in_turns else timeout_s)
-                    break
-                except subprocess.TimeoutExpired:
-                    if not in_turns or time.monotonic() > deadline:
-                        raise
-                    _signal(process, signal.SIGSTOP)
-                    time.sleep(_RESTS_S)
-                    _signal(process, signal.SIGCONT)
+            out, errors = compiler.communicate()
         except BaseException:
-            _signal(process, signal.SIGKILL)
+            compiler.signal(signal.SIGKILL)
             raise
         finally:
-            _running.discard(process)
+            _running.discard(compiler)
     return subprocess.CompletedProcess(command, process.returncode, out, errors)
 
 
-def _signal(process: "subprocess.Popen[str]", number: signal.Signals) -> None:
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, number)
+class _Compiler:
+    """A compiler that runs: throughout, or in turns."""
+
+    def __init__(self, process: "subprocess.Popen[str]", timeout_s: float, in_turns: bool) -> None:
+        self._process, self._left_s, self._in_turns = process, timeout_s, in_turns
+        self._lock, self._rests, self._last = threading.Lock(), False, time.monotonic()
+        if in_turns:
+            if sys.platform == "linux":  # who comes back from a pause has the core at once
+                with contextlib.suppress(OSError):
+                    os.sched_setscheduler(process.pid, os.SCHED_IDLE, os.sched_param(0))
+            self._rest()
+
+    def communicate(self) -> tuple[str, str]:
+        """What it has printed, when it has ended. Raises subprocess.TimeoutExpired when it ran for too long."""
+        while True:
+            try:
+                return self._process.communicate(timeout=_LOOK_S if self._in_turns else self._left_s)
+            except subprocess.TimeoutExpired:
+                with self._lock:
+                    if not self._rests:
+                        self._left_s -= _LOOK_S
+                    elif time.monotonic() - self._last > _ALONE_S:
+                        self._go_on()
+                    if self._left_s <= 0 or not self._in_turns:
+                        raise
+
+    def take_turn(self) -> None:
+        """Runs for its share of the time since its last turn, then rests."""
+        if not self._in_turns:
+            return
+        with self._lock:
+            turn = min(_SHARE * (time.monotonic() - self._last), _LONGEST_TURN_S)
+            self._go_on()
+            time.sleep(turn)
+            self._rest()
+            self._left_s -= turn
+
+    def signal(self, number: signal.Signals) -> None:
+        """Sends it, and all that it has started, a signal."""
+        if self._process.returncode is None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self._process.pid, number)
+
+    def _rest(self) -> None:
+        self.signal(signal.SIGSTOP)
+        self._rests, self._last = True, time.monotonic()
+
+    def _go_on(self) -> None:
+        self.signal(signal.SIGCONT)
+        self._rests = False
 
 
 def _used_by_children() -> float:
@@ -195,14 +247,13 @@ def _used_by_children() -> float:
     return usage.ru_utime + usage.ru_stime
 
 
-# Turns of the compiler beside training. A niceness or idle priority is not enough: while it runs at all, two of the
-# training's threads may meet on one core and stay there, until the scheduler looks at its balance, for up to 0.3 s.
-_RUNS_S, _RESTS_S = 0.003, 0.02
+_SHARE, _LONGEST_TURN_S = 0.05, 1.0  # of the time, that training gives a compiler
+_ALONE_S, _LOOK_S = 5.0, 0.1  # without a turn, until a compiler goes on by itself; between looks at that
 # A group, to be stopped and ended as one. Where it is no session (all that Python 3.10 has), the system ends it when
 # the training is killed during a rest.
 _OWN_GROUP: dict[str, Any] = {"process_group": 0} if sys.version_info >= (3, 11) else {"start_new_session": True}
 _terms = threading.local()
-_running: "set[subprocess.Popen[str]]" = set()
+_running: set[_Compiler] = set()
 _FOOTER = b"ctrlcompile"
 
 

@@ -4,10 +4,10 @@ import ctypes
 import os
 import random
 import shutil
-import signal
 import stat
 import subprocess
 import sys
+import threading
 import time
 import warnings
 from pathlib import Path
@@ -150,13 +150,14 @@ def test_source_that_is_wrong_leaves_nothing_behind(folder):
 
 
 @pytest.mark.skipif(sys.version_info < (3, 11), reason="a process group without a session needs Python 3.11")
-def test_a_compiler_beside_training_is_a_group_in_its_session(folder, tmp_path):
+def test_a_compiler_beside_training_is_a_group_in_its_session(folder, tmp_path, monkeypatch):
     compiler, seen = tmp_path / "c++", tmp_path / "seen"
     ask = "import os; print(os.getsid(0), os.getpgrp())"
     compiler.write_text(f"#!/bin/sh\n[ $1 = --version ] || {sys.executable} -Sc '{ask}' > {seen}\nexec c++ \"$@\"\n")
     compiler.chmod(0o755)
-    with pytest.MonkeyPatch.context() as patch, build.beside_training(60):
-        patch.setenv("CXX", str(compiler))
+    monkeypatch.setattr(build, "_ALONE_S", 0.1)  # nobody gives it a turn
+    monkeypatch.setenv("CXX", str(compiler))
+    with build.beside_training(60):
         build.load("probe", SOURCE, ())
     session, group = map(int, seen.read_text().split())
     assert session == os.getsid(0)
@@ -164,29 +165,45 @@ def test_a_compiler_beside_training_is_a_group_in_its_session(folder, tmp_path):
 
 
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="reads the state of a process from /proc")
-def test_a_compiler_beside_training_is_stopped_in_between_and_one_that_is_waited_for_is_not(folder, monkeypatch):
-    sent, stopped, tell = [], [], build._signal
+def test_a_compiler_beside_training_runs_in_its_turns_alone(folder, tmp_path, monkeypatch):
+    count = tmp_path / "count"  # grows while the compiler runs
+    compiler = tmp_path / "c++"
+    endless = f"while :; do echo >> {count}; done"
+    compiler.write_text(f"#!/bin/sh\n[ $1 = --version ] || {endless}\n")
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CXX", str(compiler))
+    monkeypatch.setattr(build, "_SHARE", 1.0)
 
-    def signalled(process, number):
-        tell(process, number)
-        sent.append(number)
-        if number == signal.SIGSTOP:
-            deadline = time.monotonic() + 20  # a busy machine may take its time
-            while (state := state_of(process)) not in "TDZ" and time.monotonic() < deadline:
-                time.sleep(0.001)
-            stopped.append(state)
+    def compile_beside():
+        with build.beside_training(60), pytest.raises(build.KernelBuildError):
+            build.load("probe", SOURCE, ())
 
-    def state_of(process):
-        return Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()[0]
+    def size():
+        return count.stat().st_size if count.exists() else 0
 
-    monkeypatch.setattr(build, "_signal", signalled)
-    build.load("waited_for", SOURCE, ())
-    assert not sent
-    with build.beside_training(60):
-        build.load("beside", SOURCE, ())
-    assert sent == [signal.SIGSTOP, signal.SIGCONT] * (len(sent) // 2)
-    assert "T" in stopped
-    assert set(stopped) <= set("TDZ")  # stopped, waiting for a child of its own that is, or ended
+    thread = threading.Thread(target=compile_beside)
+    thread.start()
+    try:
+        sizes = []
+        while len(sizes) < 3:  # in each turn it gets on, between turns it does not
+            before, deadline = size(), time.monotonic() + 60
+            while size() == before and time.monotonic() < deadline:
+                time.sleep(0.02)
+                build.give_turn()
+            time.sleep(0.05)  # a stopped process may have had a write under way
+            sizes.append(size())
+            time.sleep(0.1)
+            assert size() == sizes[-1]
+        assert 0 < sizes[0] < sizes[1] < sizes[2]
+        monkeypatch.setattr(build, "_ALONE_S", 0.1)  # nobody trains any more
+        deadline = time.monotonic() + 20
+        while size() == sizes[-1] and time.monotonic() < deadline:
+            time.sleep(0.02)
+        assert size() > sizes[-1]
+    finally:
+        build.stop_compiling()
+        thread.join(20)
+    assert not thread.is_alive()
 
 
 def test_a_compilation_counts_with_what_it_used_of_the_processor(folder, tmp_path, monkeypatch):

@@ -5,6 +5,7 @@ import random
 import pytest
 
 from ctrlcompile import background, respecialize
+from ctrlcompile.kernels import build
 from ctrlcompile.variant_cost import CostModel
 
 
@@ -14,6 +15,7 @@ def forgetful(monkeypatch):
     monkeypatch.setattr(respecialize, "_model", CostModel())
     monkeypatch.setattr(respecialize, "_builder", background.Builder())
     monkeypatch.setattr(respecialize, "_failed", set())
+    monkeypatch.setattr(build, "_ALONE_S", 0.1)  # nobody trains while a test waits for a build
 
 
 @pytest.fixture
