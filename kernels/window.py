@@ -47,6 +47,23 @@ class Window(NamedTuple):
             )
         )
 
+    def misses(self, input_size: tuple[int, ...], taps: tuple[int, ...]) -> bool:
+        """Whether somewhere all taps of a kernel lie in the padding, so that nothing of the input is seen there.
+
+        >>> Window((1, 1), ((1, 1), (1, 1)), (1, 1)).misses((8, 8), (3, 3))
+        False
+        >>> Window((1, 1), ((1, 1), (1, 1)), (1, 1)).misses((8, 8), (1, 1))
+        True
+        """
+        axes = zip(
+            self.output_size(input_size, taps), input_size, taps, self.stride, self.padding, self.dilation, strict=True
+        )
+        return any(
+            all(not 0 <= place * stride - before + tap * dilation < size for tap in range(count))
+            for places, size, count, stride, (before, _), dilation in axes
+            for place in range(places)
+        )
+
 
 def channels_last(x: Tensor, dim: int | None = None) -> Tensor:
     """`x` `[N, C, *size]` laid out with its channels side by side; itself where it is. 1 to 3 sizes.

@@ -91,14 +91,15 @@ class ConvProblem:
         grad_weight, signals = self.kernels.wgrad(*given, lists, self.probes, self.block, self.window)
         rest = (self.mask, self.probes, self.block, self.window)
         exact, exact_signals = reference.conv_wgrad(*(tensor.double() for tensor in given), *rest)
+        summed, summed_signals = reference.conv_wgrad(*(tensor.double().abs() for tensor in given), *rest)
         entries = index_lists.expand(self.mask, self.block, self.weight.shape)
         dense = torch.where(entries, dense_conv.weight_gradient(*given, self.window), 0)
         assert grad_weight.dtype == self.weight.dtype
         assert grad_weight.is_contiguous()
         assert not grad_weight[~entries].any()
-        within_budget(grad_weight, dense, exact)
+        within_budget(grad_weight, dense, exact, magnitude=summed)
         dense_signals = reference.conv_wgrad(*(tensor.float() for tensor in given), *rest)[1]
-        within_budget(signals, dense_signals, exact_signals, units=32)  # sums of up to 16384 products of sums
+        within_budget(signals, dense_signals, exact_signals, magnitude=summed_signals)
 
     def _masked_weight(self) -> Tensor:
         entries = index_lists.expand(self.mask, self.block, self.weight.shape)

@@ -65,8 +65,7 @@ def test_any_window_is_as_accurate_as_dense(axes, count, channels, density, seed
     window = Window(stride, padding, dilation)
     assume(min(window.output_size(size, taps)) > 0)
     problem = ConvProblem.random((count, channels[0], *size), channels[1], taps, window, (16, 16), density, FLOAT)
-    with torch.backends.mkldnn.flags(enabled=False):  # which crashes on some of these images, channels-last
-        problem.on(cpu_conv).check()
+    problem.on(cpu_conv).check()
 
 
 @pytest.mark.parametrize("name", SHAPES)

@@ -22,6 +22,23 @@ def test_the_size_of_the_output_is_that_of_the_frameworks_convolution():
         assert Window.of(*window.arguments) == window
 
 
+def test_a_window_misses_the_input_where_a_convolution_of_ones_is_zero():
+    found = set()
+    for _ in range(200):
+        size, taps = (tuple(random.randint(1, most) for _ in range(2)) for most in (5, 3))
+        stride, dilation = (tuple(random.randint(1, 3) for _ in range(2)) for _ in range(2))
+        padding = tuple((random.randint(0, 3), random.randint(0, 3)) for _ in range(2))
+        window = Window(stride, padding, dilation)
+        if min(window.output_size(size, taps)) < 1:
+            continue
+        (top, bottom), (left, right) = padding
+        ones = F.pad(torch.ones(1, 1, *size), (left, right, top, bottom))
+        counted = F.conv2d(ones, torch.ones(1, 1, *taps), None, stride, 0, dilation)
+        assert window.misses(size, taps) == bool((counted == 0).any())
+        found.add(window.misses(size, taps))
+    assert found == {True, False}
+
+
 @pytest.mark.parametrize(
     ("window", "taps", "linear"),
     [
