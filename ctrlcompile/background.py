@@ -14,7 +14,7 @@ from ctrlcompile.variants import Types
 
 log = logging.getLogger(__name__)
 
-TIMEOUT_S = 120.0  # in which it may run: a build of 1 s takes 20 s of training
+TIMEOUT_S = 60.0  # of turns: a build of 1 s takes 20 s of training
 
 Recipe: TypeAlias = tuple[Block, Types]  # the sides of a kernel's blocks, outputs and inputs, and its types
 
@@ -40,6 +40,7 @@ class Builder:
         self._builds: dict[Recipe, Build] = {}
         self._queue: queue.SimpleQueue[Build | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
+        self._stopping = False
 
     @property
     def started(self) -> int:
@@ -58,7 +59,7 @@ class Builder:
         return self._builds[recipe]
 
     def _work(self) -> None:
-        while (task := self._queue.get()) is not None:
+        while (task := self._queue.get()) is not None and not self._stopping:
             block, types = task.recipe
             started = time.perf_counter()
             try:
@@ -71,7 +72,9 @@ class Builder:
             task.done.set()
 
     def _stop(self) -> None:
+        self._stopping = True
         self._queue.put(None)
-        build.stop_compiling()
-        if self._thread is not None:
-            self._thread.join(5)
+        deadline = time.monotonic() + 5
+        while self._thread is not None and self._thread.is_alive() and time.monotonic() < deadline:
+            build.stop_compiling()  # over again: one may just be starting
+            self._thread.join(0.05)

@@ -63,24 +63,26 @@ def load(name: str, source: str, flags: tuple[str, ...]) -> ctypes.CDLL:
 
 @contextlib.contextmanager
 def beside_training(timeout_s: float) -> Iterator[None]:
-    """What this thread compiles inside runs in the turns that training gives it, and fails after so many seconds.
+    """What this thread compiles inside runs in turns that training gives it, and fails after so many seconds of them.
+
+    On Python 3.10 it runs throughout, with a low priority, and fails after so many seconds in all.
 
     A low priority is not enough. At idle priority it never ends where the training's threads spin while they wait. With
     any other, while it has one core the scheduler may put two of these threads on another and leave them there until it
     next looks at its balance: beside a niceness of 10, steps of 25 ms took up to 180 ms (Linux 6.18, two cores).
     """
-    _terms.in_turns, _terms.timeout_s = True, timeout_s
+    _terms.in_turns, _terms.timeout_s = _CAN_REST, timeout_s
+    _terms.prefix = next((prefix for prefix in _YIELDING if shutil.which(prefix[0])), ())
     try:
         yield
     finally:
-        del _terms.in_turns, _terms.timeout_s
+        del _terms.in_turns, _terms.timeout_s, _terms.prefix
 
 
 def give_turn() -> None:
     """Lets what compiles beside training run for a twentieth of the time since its last turn, while the caller waits.
 
-    Training calls it after each step. A compiler that gets no turn for some seconds, since nothing trains or since
-    steps are that long, runs without.
+    Training calls it after each step. Where no turn has come for some seconds, a compiler gets on at idle priority.
     """
     for compiler in tuple(_running):
         compiler.take_turn()
@@ -155,7 +157,7 @@ def _compile(path: Path, source: str, command: tuple[str, ...]) -> Path:
         draft_text.write_text(source)
         started, used = time.perf_counter(), _used_by_children()
         try:
-            result = _run((*command, "-o", str(draft), str(draft_text)))
+            result = _run((*getattr(_terms, "prefix", ()), *command, "-o", str(draft), str(draft_text)))
         except (OSError, subprocess.SubprocessError) as error:
             raise KernelBuildError("the C++ compiler does not run", str(error), "Set CXX to one that works") from error
         if result.returncode or not draft.exists():
@@ -187,19 +189,18 @@ def _run(command: Sequence[str]) -> "subprocess.CompletedProcess[str]":
             raise
         finally:
             _running.discard(compiler)
+            compiler.ended.set()
     return subprocess.CompletedProcess(command, process.returncode, out, errors)
 
 
 class _Compiler:
-    """A compiler that runs: throughout, or in turns."""
+    """A compiler that runs: throughout, or in turns. `ended` is set when nobody waits for it any more."""
 
     def __init__(self, process: "subprocess.Popen[str]", timeout_s: float, in_turns: bool) -> None:
         self._process, self._left_s, self._in_turns = process, timeout_s, in_turns
         self._lock, self._rests, self._last = threading.Lock(), False, time.monotonic()
+        self.ended = threading.Event()
         if in_turns:
-            if sys.platform == "linux":  # who comes back from a pause has the core at once
-                with contextlib.suppress(OSError):
-                    os.sched_setscheduler(process.pid, os.SCHED_IDLE, os.sched_param(0))
             self._rest()
 
     def communicate(self) -> tuple[str, str]:
@@ -210,7 +211,7 @@ class _Compiler:
             except subprocess.TimeoutExpired:
                 with self._lock:
                     if not self._rests:
-                        self._left_s -= _LOOK_S
+                        self._left_s -= _SHARE * _LOOK_S  # what turns would have given it
                     elif time.monotonic() - self._last > _ALONE_S:
                         self._go_on()
                     if self._left_s <= 0 or not self._in_turns:
@@ -223,14 +224,14 @@ class _Compiler:
         with self._lock:
             turn = min(_SHARE * (time.monotonic() - self._last), _LONGEST_TURN_S)
             self._go_on()
-            time.sleep(turn)
+            self.ended.wait(turn)
             self._rest()
             self._left_s -= turn
 
     def signal(self, number: signal.Signals) -> None:
         """Sends it, and all that it has started, a signal."""
         if self._process.returncode is None:
-            with contextlib.suppress(ProcessLookupError):
+            with contextlib.suppress(OSError):  # it has just ended
                 os.killpg(self._process.pid, number)
 
     def _rest(self) -> None:
@@ -249,11 +250,16 @@ def _used_by_children() -> float:
 
 _SHARE, _LONGEST_TURN_S = 0.05, 1.0  # of the time, that training gives a compiler
 _ALONE_S, _LOOK_S = 5.0, 0.1  # without a turn, until a compiler goes on by itself; between looks at that
-# A group, to be stopped and ended as one. Where it is no session (all that Python 3.10 has), the system ends it when
-# the training is killed during a rest.
-_OWN_GROUP: dict[str, Any] = {"process_group": 0} if sys.version_info >= (3, 11) else {"start_new_session": True}
+# A group, to be stopped and ended as one. Where it is no session, the system ends it when training is killed during a
+# rest, and init, in another session, inherits it. Python 3.10 can only make a session of it, so there it never rests.
+_CAN_REST = sys.version_info >= (3, 11)
+# At idle priority, whoever comes back from a pause has the core at once.
+_YIELDING = (("chrt", "-i", "0"), ("nice", "-n", "19")) if _CAN_REST else (("nice", "-n", "10"),)
+_OWN_GROUP: dict[str, Any] = {"process_group": 0} if _CAN_REST else {"start_new_session": True}
 _terms = threading.local()
 _running: set[_Compiler] = set()
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_running.clear)  # they are the parent's
 _FOOTER = b"ctrlcompile"
 
 

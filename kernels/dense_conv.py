@@ -53,17 +53,18 @@ def wgrad(
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None, window: Window) -> Tensor:
     """The framework's convolution, and nothing else."""
-    bias = None if bias is None else bias.to(x.dtype)
-    # With a bias oneDNN (in PyTorch 2.13) crashes on channels-last images where all taps lie in the padding.
-    apart = bias is not None and x.device.type == "cpu" and window.misses(tuple(x.shape[2:]), tuple(weight.shape[2:]))
     common, more = _symmetric(window)
-    x = channels_last(F.pad(x, more)) if any(more) else x
-    z = torch.ops.aten.convolution(
-        x, weight, None if apart else bias, window.stride, common, window.dilation, False, _none(window), window.groups
-    )
-    if bias is not None and apart:
-        z = z + bias.view(-1, *[1] * len(window.stride))
-    return channels_last(z)
+    moves = (window.stride, common, window.dilation, False, _none(window), window.groups)
+    bias = None if bias is None else bias.to(x.dtype)
+    # oneDNN (in PyTorch 2.13) crashes on some channels-last images where all taps lie in the padding: with a bias, and
+    # in half types. In float32 without a bias it does not.
+    unsafe = x.device.type == "cpu" and window.misses(tuple(x.shape[2:]), tuple(weight.shape[2:]))
+    dtype = torch.promote_types(x.dtype, torch.float32) if unsafe else x.dtype
+    padded = channels_last(F.pad(x, more)) if any(more) else x
+    z = torch.ops.aten.convolution(padded.to(dtype), weight.to(dtype), None if unsafe else bias, *moves)
+    if unsafe and bias is not None:
+        z += bias.view(-1, *[1] * len(common))
+    return channels_last(z.to(x.dtype))
 
 
 def input_gradient(grad_z: Tensor, weight: Tensor, window: Window, input_size: tuple[int, ...]) -> Tensor:

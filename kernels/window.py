@@ -58,11 +58,13 @@ class Window(NamedTuple):
         axes = zip(
             self.output_size(input_size, taps), input_size, taps, self.stride, self.padding, self.dilation, strict=True
         )
-        return any(
-            all(not 0 <= place * stride - before + tap * dilation < size for tap in range(count))
-            for places, size, count, stride, (before, _), dilation in axes
-            for place in range(places)
-        )
+        for places, size, count, stride, (before, _), dilation in axes:
+            early, late = -(-before // stride), -(-(before + size) // stride)  # those between begin on the input
+            for place in (*range(min(places, early)), *range(late, places)):
+                first = place * stride - before
+                if all(not 0 <= first + tap * dilation < size for tap in range(count)):
+                    return True
+        return False
 
 
 def channels_last(x: Tensor, dim: int | None = None) -> Tensor:

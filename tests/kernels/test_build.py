@@ -156,6 +156,7 @@ def test_a_compiler_beside_training_is_a_group_in_its_session(folder, tmp_path, 
     compiler.write_text(f"#!/bin/sh\n[ $1 = --version ] || {sys.executable} -Sc '{ask}' > {seen}\nexec c++ \"$@\"\n")
     compiler.chmod(0o755)
     monkeypatch.setattr(build, "_ALONE_S", 0.1)  # nobody gives it a turn
+    monkeypatch.setattr(build, "_YIELDING", ())  # other tests may keep all cores busy
     monkeypatch.setenv("CXX", str(compiler))
     with build.beside_training(60):
         build.load("probe", SOURCE, ())
@@ -164,7 +165,7 @@ def test_a_compiler_beside_training_is_a_group_in_its_session(folder, tmp_path, 
     assert group != os.getpgrp()
 
 
-@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="reads the state of a process from /proc")
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="it rests from Python 3.11 on")
 def test_a_compiler_beside_training_runs_in_its_turns_alone(folder, tmp_path, monkeypatch):
     count = tmp_path / "count"  # grows while the compiler runs
     compiler = tmp_path / "c++"
@@ -173,6 +174,7 @@ def test_a_compiler_beside_training_runs_in_its_turns_alone(folder, tmp_path, mo
     compiler.chmod(0o755)
     monkeypatch.setenv("CXX", str(compiler))
     monkeypatch.setattr(build, "_SHARE", 1.0)
+    monkeypatch.setattr(build, "_YIELDING", ())  # other tests may keep all cores busy
 
     def compile_beside():
         with build.beside_training(60), pytest.raises(build.KernelBuildError):
@@ -190,10 +192,12 @@ def test_a_compiler_beside_training_runs_in_its_turns_alone(folder, tmp_path, mo
             while size() == before and time.monotonic() < deadline:
                 time.sleep(0.02)
                 build.give_turn()
-            time.sleep(0.05)  # a stopped process may have had a write under way
-            sizes.append(size())
-            time.sleep(0.1)
-            assert size() == sizes[-1]
+            stopped = -1
+            while stopped != size() and time.monotonic() < deadline:  # it may take a while to stop on a busy machine
+                stopped = size()
+                time.sleep(0.1)
+            assert size() == stopped
+            sizes.append(stopped)
         assert 0 < sizes[0] < sizes[1] < sizes[2]
         monkeypatch.setattr(build, "_ALONE_S", 0.1)  # nobody trains any more
         deadline = time.monotonic() + 20

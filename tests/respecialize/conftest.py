@@ -16,6 +16,7 @@ def forgetful(monkeypatch):
     monkeypatch.setattr(respecialize, "_builder", background.Builder())
     monkeypatch.setattr(respecialize, "_failed", set())
     monkeypatch.setattr(build, "_ALONE_S", 0.1)  # nobody trains while a test waits for a build
+    monkeypatch.setattr(build, "_YIELDING", ())  # and other tests may keep all cores busy
 
 
 @pytest.fixture

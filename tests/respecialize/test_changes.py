@@ -55,6 +55,7 @@ def wait_for_builds():
     started = time.monotonic()
     while any(not b.done.is_set() for b in respecialize._builder._builds.values()) and time.monotonic() - started < 60:
         time.sleep(0.01)
+    assert all(b.done.is_set() for b in respecialize._builder._builds.values())
 
 
 def faster_dense(variant, share):
@@ -235,7 +236,7 @@ def test_a_build_that_goes_wrong_leaves_what_is_in_force_with_one_warning(what, 
     compiler.write_text(f'#!/bin/sh\n[ "$1" = --version ] && exec echo {what}\n{COMPILERS[what]}\n')
     compiler.chmod(0o755)
     monkeypatch.setenv("CTRLCOMPILE_CACHE_DIR", str(tmp_path / "cache"))
-    monkeypatch.setattr(background, "TIMEOUT_S", 0.3)
+    monkeypatch.setattr(background, "TIMEOUT_S", 0.02)
     monkeypatch.setattr(respecialize.variants, "candidates", lambda gate, groups: [BLOCK_SPARSE, COARSE])
     gate, steps = simulated(monkeypatch, lambda variant, share: share, block=24)
     monkeypatch.setenv("CXX", str(compiler))
