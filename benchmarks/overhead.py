@@ -27,7 +27,7 @@ from unittest import mock
 
 import torch
 from machine import describe
-from respecialize import ROWS, WIDTH, Contestant
+from respecialize import ROWS, WIDTH, Contestant, settle
 
 from ctrlcompile import background, respecialize, variants
 from ctrlcompile.kernels import build
@@ -68,6 +68,7 @@ def idle(block: int, rows: int, steps: int) -> dict[str, Any]:
 
     for number in range(2 * WARM_UP):
         step(number % 2 == 0)
+    settle()
     pairs: list[tuple[float, float]] = []
     with mock.patch.object(respecialize, "at_boundary", timed):
         for number in range(steps):
@@ -141,6 +142,7 @@ def main() -> None:
         contestant = Contestant(args.block, BLOCK_SPARSE)
         for _ in range(WARM_UP):
             contestant.step(torch.randn(ROWS, WIDTH, requires_grad=True))
+        settle()
         result["builds"] = []
         for number in range(args.builds):
             types = Types(torch.float32, torch.float32, ACTIVATIONS[number])
