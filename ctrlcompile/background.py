@@ -40,7 +40,6 @@ class Builder:
         self._builds: dict[Recipe, Build] = {}
         self._queue: queue.SimpleQueue[Build | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
-        self._stopping = False
 
     @property
     def started(self) -> int:
@@ -59,7 +58,7 @@ class Builder:
         return self._builds[recipe]
 
     def _work(self) -> None:
-        while (task := self._queue.get()) is not None and not self._stopping:
+        while (task := self._queue.get()) is not None:
             block, types = task.recipe
             started = time.perf_counter()
             try:
@@ -72,9 +71,8 @@ class Builder:
             task.done.set()
 
     def _stop(self) -> None:
-        self._stopping = True
         self._queue.put(None)
         deadline = time.monotonic() + 5
         while self._thread is not None and self._thread.is_alive() and time.monotonic() < deadline:
-            build.stop_compiling()  # over again: one may just be starting
+            build.stop_compiling()  # over again: the next in the queue may just be starting
             self._thread.join(0.05)

@@ -259,6 +259,25 @@ def test_a_build_that_goes_wrong_leaves_what_is_in_force_with_one_warning(what, 
     assert names(gate) == {"block-sparse"}
 
 
+def test_when_the_process_ends_queued_builds_end_too(monkeypatch, tmp_path):
+    compiler, begun = tmp_path / "c++", tmp_path / "begun"
+    hangs = f"echo >> {begun}; {COMPILERS['hangs']}"
+    compiler.write_text(f'#!/bin/sh\n[ "$1" = --version ] && exec echo slow\n{hangs}\n')
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CTRLCOMPILE_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setenv("CXX", str(compiler))
+    cpu_product._rows_library.cache_clear()
+    builder = respecialize._builder
+    for block in ((48, 24), (24, 48)):
+        builder.build((block, Types(torch.float32, torch.float32, "none")))
+    deadline = time.monotonic() + 20
+    while not begun.exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    builder._stop()
+    assert not builder._thread.is_alive()
+    assert all(isinstance(one.error, KernelBuildError) for one in builder._builds.values())
+
+
 def test_a_build_ends_with_its_compiler_when_it_is_stopped(monkeypatch, tmp_path):
     compiler = tmp_path / "c++"
     compiler.write_text(f'#!/bin/sh\n[ "$1" = --version ] && exec echo slow\n{COMPILERS["hangs"]}\n')
