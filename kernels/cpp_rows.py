@@ -85,10 +85,8 @@ void pack_x(const Call& c, const Tile& tile, float* to) {
     const x_t* from = c.x + tile.from[p];
     for (int64_t g = 0; g < c.groups; ++g, from += c.inputs) {
       float* const group = to + g * whole;
-      int64_t k = 0;
-      for (; k + Narrow::lanes <= c.inputs; k += Narrow::lanes) store<Narrow>(group + k, load<Narrow>(from + k));
-      for (; k < c.inputs; ++k) group[k] = to_float(from[k]);
-      if (k < whole) std::memset(group + k, 0, (whole - k) * sizeof(float));
+      copy<8192>(from, c.inputs, group);
+      std::memset(group + c.inputs, 0, (whole - c.inputs) * sizeof(float));
     }
   }
 }
@@ -189,23 +187,29 @@ __attribute__((noinline)) void kernel(const Call& c, const List& list, const Pha
   constexpr int WIDTH = VECTORS * V::lanes;
   const int64_t* const to = rows.to + row;
   const int64_t column = list.column + strip;
-  // What is stored at the end is in the cache by then.
-  UNROLL for (int i = 0; i < ROWS; ++i)
-    UNROLL for (int v = 0; v < WIDTH; v += 64 / sizeof(x_t)) __builtin_prefetch(c.y + to[i] + column + v, 1);
   typename V::f acc[ROWS][VECTORS];
   UNROLL for (int i = 0; i < ROWS; ++i)
     UNROLL for (int v = 0; v < VECTORS; ++v) acc[i][v] = load<V>(list.bias + strip + v * V::lanes);
   const float* pixel[ROWS];
-  UNROLL for (int i = 0; i < ROWS; ++i) pixel[i] = x + rows.at[row + i] * c.pixel_stride + list.input;
-  const int64_t length = list.length, taps = phase.taps;
+  UNROLL for (int i = 0; i < ROWS; ++i) pixel[i] = x + rows.at[row + i] + list.input;
+  const int64_t length = list.length, taps = phase.taps, all = length * taps;
   const int32_t* entry = c.indices + list.begin;
   const float* w = c.packed_strip(list, phase, strip);
-  int64_t j = 0, t = 0, from = length && taps ? (int64_t)entry[0] * IN + tap_at[0] * c.pixel_stride : 0;
-  for (int64_t steps = length * taps; steps > 0; --steps) {
+  int64_t j = 0, t = 0, from = all ? (int64_t)entry[0] * IN + tap_at[0] : 0;
+  int64_t fetched = 0;  // rows of the output that the cache has been asked for
+  const int64_t fetch = all ? (ROWS + all - 1) / all : 0;
+  for (int64_t steps = all; steps > 0; --steps) {
     if (++t == taps) t = 0, ++j;
-    const int64_t next = (int64_t)entry[j < length ? j : 0] * IN + tap_at[t] * c.pixel_stride;
+    const int64_t next = (int64_t)entry[j < length ? j : 0] * IN + tap_at[t];
     UNROLL for (int i = 0; i < ROWS; ++i)
       UNROLL for (int k = 0; k < IN; k += 16) __builtin_prefetch(pixel[i] + next + k);
+    // What is stored at the end is in the cache by then. A few rows at a time: a core waits for few lines at once, and
+    // the inputs come the same way.
+    for (const int64_t last = std::min<int64_t>(ROWS, fetched + fetch); fetched < last; ++fetched)
+      UNROLL for (int v = 0; v < WIDTH; v += 64 / sizeof(x_t)) {
+        __builtin_prefetch(c.y + to[fetched] + column + v, 1);
+        if (KEEPS_Z) __builtin_prefetch(c.z + to[fetched] + column + v, 1);
+      }
     // Twice, not more: instructions whose offsets fit a byte are fetched as fast as they execute.
     UNROLL_TWICE for (int k = 0; k < IN; ++k, w += WIDTH) {
       typename V::f b[VECTORS];
@@ -324,7 +328,7 @@ extern "C" void run(const Geometry* geometry, const x_t* x, const w_t* weight, i
         const int64_t turn = __atomic_fetch_add(&next_turn[i], 1, __ATOMIC_RELAXED);
         if (turn >= p.lists * geometry->phases) return;
         if (held != i) {
-          tile.set(p.tiles, i);
+          tile.set(p.tiles, i, p.pixel_stride);
           pack_x(c, tile, tile_x);
         }
         held = i;

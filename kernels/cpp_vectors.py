@@ -8,10 +8,13 @@ SCALARS = {"torch.float32": "float", "torch.bfloat16": "bf16"}  # str(dtype) -> 
 def prelude(isa: Isa) -> str:
     """Types and primitives for vectors of `isa`, and of 8 lanes for what a wider vector leaves over."""
     narrow = min(isa.lanes, 8)
-    vectors = "\n".join(_vector(n) for n in sorted({isa.lanes, narrow, 4}))
+    vectors = "\n".join(_vector(n) for n in sorted({isa.lanes, narrow}))
     stages = "\n".join(_transpose_stage(narrow, distance) for distance in (4, 2, 1) if distance < narrow)
     return (
-        _PRIMITIVES.replace("$VECTORS", vectors).replace("$NARROW", f"v{narrow}").replace("$TRANSPOSE_STAGES", stages)
+        _PRIMITIVES.replace("$VECTORS", vectors)
+        .replace("$WIDE", f"v{isa.lanes}")
+        .replace("$NARROW", f"v{narrow}")
+        .replace("$TRANSPOSE_STAGES", stages)
     )
 
 
@@ -67,6 +70,7 @@ namespace {
 struct bf16 { uint16_t bits; };
 
 $VECTORS
+typedef $WIDE Wide;
 typedef $NARROW Narrow;  // divides every block side
 
 template <class V> INLINE typename V::f load(const float* p) {
@@ -107,6 +111,19 @@ INLINE void round_to(bf16* p, float v) {
   uint32_t bits;
   std::memcpy(&bits, &v, sizeof bits);
   p->bits = (v == v ? bits + 0x7fff + ((bits >> 16) & 1) : bits | 0x400000) >> 16;
+}
+
+// `size` values as float32. Where what follows in memory is wanted next, the cache is asked for it AHEAD bytes before:
+// the hardware does that by itself, but only as far as the page goes.
+template <int AHEAD = 0, class T> INLINE void copy(const T* from, int64_t size, float* to) {
+  constexpr int LINE = 64 / sizeof(T);
+  int64_t k = 0;
+  for (; k + LINE <= size; k += LINE) {
+    if (AHEAD) __builtin_prefetch((const char*)(from + k) + AHEAD, 0, 2);
+    UNROLL for (int l = 0; l < LINE; l += Wide::lanes) store<Wide>(to + k + l, load<Wide>(from + k + l));
+  }
+  for (; k + Narrow::lanes <= size; k += Narrow::lanes) store<Narrow>(to + k, load<Narrow>(from + k));
+  for (; k < size; ++k) to[k] = to_float(from[k]);
 }
 
 template <class V> INLINE float sum(typename V::f v) {

@@ -18,14 +18,8 @@ from .isa import Isa, panels
 def source(isa: Isa, block: tuple[int, int], x_dtype: torch.dtype, weight_dtype: torch.dtype) -> str:
     """C++ for blocks of `block` (sides along the weight's rows and columns)."""
     strips = panels(block[1], isa)
-    calls = "\n".join(f"  strip<v{s.lanes}, {s.vectors}, {s.first}>(g, x, at, tap, size, sums);" for s in strips)
+    calls = "\n".join(f"  strip<v{s.lanes}, {s.vectors}, {s.first}>(g, x, rows, sums);" for s in strips)
     group = min(strip.rows for strip in strips)
-    copies = "\n".join(
-        f"    for (int64_t p = first; p < last; ++p)\n"
-        f"      copy<{s.width}>(from[p] < 0 ? nullptr : x + from[p] + {s.first}, k - b * IN - {s.first}, "
-        f"to + {s.first} * size + p * {s.width});"
-        for s in strips
-    )
     return (
         f"// Block-sparse weight gradient: {block[0]} x {block[1]} blocks (output x input columns), "
         f"{x_dtype} x {weight_dtype}, {isa.name}.\n"
@@ -38,14 +32,12 @@ typedef {cpp_vectors.SCALARS[str(weight_dtype)]} w_t;
 constexpr int OUT = {block[0]}, IN = {block[1]};
 constexpr int GROUPS = {-(-block[0] // group)};  // of the block's rows, whose sums stay in registers
 """
-        + _BODY.replace("$CALLS", calls).replace("$COPIES", copies)
+        + _BODY.replace("$CALLS", calls)
     )
 
 
 _BODY = """
 struct Entry { int32_t row, column, written; };  // a block to compute; written: active, else probed
-
-struct Size { int64_t rows, pixels; };  // of the largest tile: a panel of g, of x has as many rows
 
 // Calls f(size, first row) for each group of the block's rows, with the size as a type; they differ by one at most.
 template <class F> INLINE void for_groups(F f) {
@@ -57,43 +49,25 @@ template <class F> INLINE void for_groups(F f) {
 
 // ---- packing -------------------------------------------------------------------------------------------------------
 
-// WIDTH columns of one row as float32; zero from `size` on, and where there is no row.
-template <int WIDTH> INLINE void copy(const x_t* from, int64_t size, float* to) {
-  typedef typename std::conditional<(WIDTH < Narrow::lanes), v4, Narrow>::type V;
-  if (!from) {
-    std::memset(to, 0, WIDTH * sizeof(float));
-  } else if (size >= WIDTH) {
-    UNROLL for (int i = 0; i < WIDTH; i += V::lanes) {
-      const int at = std::min(i, WIDTH - V::lanes);  // the last vector overlaps the one before
-      store<V>(to + at, load<V>(from + at));
+// Rows [first, last) of a tile to [block][row][column], for those of so many `blocks` of SIDE columns that are used; of
+// a row's columns `left` are left; zero from there on, and where there is no row. A few rows at a time and block by
+// block: reads then follow as many streams as there are rows, and writes are one.
+template <int SIDE>
+void pack(const x_t* x, const int64_t* from, int64_t left, int64_t blocks, const char* used, int64_t first,
+          int64_t last, int64_t size, float* to) {
+  for (int64_t b = 0; b < blocks; ++b, x += SIDE, left -= SIDE, to += size * SIDE) {
+    if (!used[b]) continue;
+    for (int64_t p = first; p < last; ++p) {
+      float* const row = to + p * SIDE;
+      if (from[p] < 0) {
+        std::memset(row, 0, SIDE * sizeof(float));
+      } else if (left >= SIDE) {
+        copy(x + from[p], SIDE, row);
+      } else {
+        copy(x + from[p], left, row);
+        std::memset(row + left, 0, (SIDE - left) * sizeof(float));
+      }
     }
-  } else {
-    for (int i = 0; i < WIDTH; ++i) to[i] = i < size ? to_float(from[i]) : 0.0f;
-  }
-}
-
-// Rows or pixels [first, last) of a tile, for those of so many `blocks` of columns that are used; n or k columns are
-// left. A few at a time and block by block: reads then follow as many streams as there are rows, and writes are one.
-
-// Rows of g to [block][group of columns][row][column of the group].
-void pack_g(const x_t* g, const int64_t* from, int64_t n, int64_t blocks, const char* used, int64_t first,
-            int64_t last, int64_t size, float* to) {
-  for (int64_t b = 0; b < blocks; ++b, g += OUT, to += size * OUT) {
-    if (!used[b]) continue;
-    for_groups([&](auto group, int at) {
-      constexpr int SIZE = decltype(group)::value;
-      for (int64_t m = first; m < last; ++m)
-        copy<SIZE>(g + from[m] + at, n - b * OUT - at, to + at * size + m * SIZE);
-    });
-  }
-}
-
-// Pixels of x to [block][strip][pixel][column].
-void pack_x(const x_t* x, const int64_t* from, int64_t k, int64_t blocks, const char* used, int64_t first,
-            int64_t last, int64_t size, float* to) {
-  for (int64_t b = 0; b < blocks; ++b, x += IN, to += size * IN) {
-    if (!used[b]) continue;
-$COPIES
   }
 }
 
@@ -102,13 +76,12 @@ $COPIES
 // sums[ROWS rows of the block][a strip] += g^T x over `rows` rows, each with the pixel that it reads.
 template <class V, int VECTORS, int ROWS>
 __attribute__((noinline)) void kernel(const float* g, const float* x, const int32_t* at, int64_t rows, float* sums) {
-  constexpr int WIDTH = VECTORS * V::lanes;
   typename V::f acc[ROWS][VECTORS];
   UNROLL for (int i = 0; i < ROWS; ++i)
     UNROLL for (int v = 0; v < VECTORS; ++v) acc[i][v] = load<V>(sums + i * IN + v * V::lanes);
   // Twice, not more: instructions whose offsets fit a byte are fetched as fast as they execute.
-  UNROLL_TWICE for (int64_t m = 0; m < rows; ++m, g += ROWS) {
-    const float* pixel = x + (int64_t)at[m] * WIDTH;
+  UNROLL_TWICE for (int64_t m = 0; m < rows; ++m, g += OUT) {
+    const float* pixel = x + at[m];
     typename V::f b[VECTORS];
     UNROLL for (int v = 0; v < VECTORS; ++v) b[v] = load<V>(pixel + v * V::lanes);
     UNROLL for (int i = 0; i < ROWS; ++i)
@@ -120,17 +93,15 @@ __attribute__((noinline)) void kernel(const float* g, const float* x, const int3
 
 // A strip of the block's columns, from column AT on.
 template <class V, int VECTORS, int AT>
-void strip(const float* g, const float* x, const Tile& tile, int64_t tap, const Size& size, float* sums) {
-  const float* pixels = x + AT * size.pixels + tap * VECTORS * V::lanes;
-  const Rows& rows = tile.phase[0];
+void strip(const float* g, const float* x, const Rows& rows, float* sums) {
   for_groups([&](auto group, int at) {
-    constexpr int SIZE = decltype(group)::value;
-    kernel<V, VECTORS, SIZE>(g + at * size.rows, pixels, rows.at, rows.count, sums + at * IN + AT);
+    kernel<V, VECTORS, decltype(group)::value>(g + at, x + AT, rows.at, rows.count, sums + at * IN + AT);
   });
 }
 
-// Adds the product of a panel of g and the pixels `tap` away of a panel of x to the block's sums.
-void product(const float* g, const float* x, const Tile& at, int64_t tap, const Size& size, float* sums) {
+// Adds the product of a panel of g and the pixels of a panel of x, from that of the first row's tap on, to the block's
+// sums.
+void product(const float* g, const float* x, const Rows& rows, float* sums) {
 $CALLS
 }
 
@@ -262,7 +233,6 @@ void work(const Call& c, int64_t task, float* panels) {
   const int64_t rows = std::min((group + 1) * group_rows - row, p.rows);
   const int64_t columns = std::min(p.width - column, p.columns);
   const x_t *const g = c.g + row * OUT, *const x = c.x + group * c.k + column * IN;
-  const Size size = {p.tiles.rows, p.tiles.pixels};
   float *const packed_g = panels, *const packed_x = panels + p.g_floats;
   char *const used_rows = (char*)(packed_x + p.x_floats), *const used_columns = used_rows + p.rows;
   std::memset(used_rows, 0, p.rows + p.columns);
@@ -271,19 +241,19 @@ void work(const Call& c, int64_t task, float* panels) {
   const int64_t first = part(p.tiles.count, p.slices, slice), last = part(p.tiles.count, p.slices, slice + 1);
   for (int64_t q = first; q < last; ++q) {
     const Tile& tile = c.tiles[q];
-    for (int64_t m = 0; m < tile.phase->count; m += 8)
-      pack_g(g, tile.phase->to, c.n - row * OUT, rows, used_rows, m, std::min(m + 8, tile.phase->count), size.rows,
-             packed_g);
-    for (int64_t m = 0; m < tile.pixels; m += 8)
-      pack_x(x, tile.from, c.k - column * IN, columns, used_columns, m, std::min(m + 8, tile.pixels), size.pixels,
-             packed_x);
+    for (int64_t m = 0; m < tile.phase->count; m += 32)
+      pack<OUT>(g, tile.phase->to, c.n - row * OUT, rows, used_rows, m, std::min(m + 32, tile.phase->count),
+                p.tiles.rows, packed_g);
+    for (int64_t m = 0; m < tile.pixels; m += 32)
+      pack<IN>(x, tile.from, c.k - column * IN, columns, used_columns, m, std::min(m + 32, tile.pixels),
+               p.tiles.pixels, packed_x);
     for (int64_t i = first_entry; i < last_entry; ++i) {
       const Entry& e = c.entries[i];
       for (int64_t t = 0; t < taps; ++t) {
         float* const sums = c.sums + ((slice * p.entries + i) * taps + t) * OUT * IN;
         if (q == first) std::memset(sums, 0, BLOCK_BYTES);
-        product(packed_g + (e.row - row) * size.rows * OUT, packed_x + (e.column - column) * size.pixels * IN, tile,
-                tile.tap_at[t], size, sums);
+        product(packed_g + (e.row - row) * p.tiles.rows * OUT,
+                packed_x + (e.column - column) * p.tiles.pixels * IN + tile.tap_at[t], *tile.phase, sums);
         float* const signals = c.parts + 2 * (i * taps + t);
         if (p.slices == 1 && q + 1 == last) finish(e, t, sums, c.weight, signals, signals + 1);
       }
@@ -386,7 +356,7 @@ extern "C" void run(const Geometry* geometry, const x_t* g, const x_t* x, const 
       clear_row(indices + offsets[r], offsets[r + 1] - offsets[r], r, p.width, c.weight, signals, blocks);
 #pragma omp for schedule(static)
     for (int64_t q = 0; q < p.tiles.count; ++q)
-      (new (tiles + q) Tile(p.tiles, scratch + memory.tables + q * Tile::bytes(p.tiles)))->set(p.tiles, q);
+      (new (tiles + q) Tile(p.tiles, scratch + memory.tables + q * Tile::bytes(p.tiles)))->set(p.tiles, q, IN);
 #pragma omp for schedule(dynamic, 1)
     for (int64_t i = 0; i < p.tasks; ++i)
       work(c, i, (float*)(scratch + memory.panels + omp_get_thread_num() * memory.panel_bytes));

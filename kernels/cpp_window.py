@@ -104,7 +104,7 @@ struct Tiles {
 struct Rows {
   int64_t count;
   int64_t* to;  // offset in y
-  int32_t* at;  // the packed pixel of the first tap
+  int32_t* at;  // where the packed pixel of the first tap begins
 };
 
 // The tables of one tile.
@@ -112,7 +112,7 @@ struct Tile {
   int64_t pixels;
   Rows* phase;
   int64_t* from;    // [pixels] offset in x of each packed pixel, -1: zero
-  int32_t* tap_at;  // [taps] packed pixels from a row's first tap
+  int32_t* tap_at;  // [taps] how far from a row's first tap
 
   static int64_t bytes(const Tiles& t) {
     const int64_t rows = t.g.phases * t.rows;
@@ -126,7 +126,8 @@ struct Tile {
     tap_at = at + t.g.phases * t.rows;
   }
 
-  void set(const Tiles& t, int64_t i) {
+  // Packed pixels begin `stride` entries apart.
+  void set(const Tiles& t, int64_t i, int64_t stride) {
     const Geometry& g = t.g;
     int64_t line = t.parts > 1 ? i / t.parts : part(t.lines, t.count, i);
     const int64_t end = t.parts > 1 ? line + 1 : part(t.lines, t.count, i + 1);
@@ -144,7 +145,8 @@ struct Tile {
         const int64_t below = depth < in.out[0] ? std::min(bottom, in.out[1]) : top, past = std::min(right, in.out[2]);
         for (int64_t h = top; h < below; ++h)
           for (int64_t w = left; w < past; ++w, ++rows.count) {
-            rows.at[rows.count] = (int32_t)(pixels + (h - top) * g.step[1] * planes * width + (w - left) * g.step[2]);
+            const int64_t at = pixels + (h - top) * g.step[1] * planes * width + (w - left) * g.step[2];
+            rows.at[rows.count] = (int32_t)(at * stride);
             rows.to[rows.count] = start + h * g.y_stride[2] + w * g.y_stride[3];
           }
       }
@@ -162,7 +164,7 @@ struct Tile {
     }
     for (int64_t j = 0; j < g.taps; ++j) {
       const int64_t* tap = g.tap()[j].at;
-      tap_at[j] = (int32_t)((tap[1] * planes + tap[0]) * width + tap[2]);
+      tap_at[j] = (int32_t)(((tap[1] * planes + tap[0]) * width + tap[2]) * stride);
     }
   }
 };
