@@ -183,7 +183,7 @@ INLINE void finish(const Call& c, const int64_t* to, int64_t column, int64_t wid
 
 template <class V, int VECTORS, int ROWS>
 __attribute__((noinline)) void kernel(const Call& c, const List& list, const Phase& phase, int strip, const float* x,
-                                      const Rows& rows, const int32_t* tap_at, int64_t row) {
+                                      const Rows& rows, const int64_t* tap_at, int64_t row) {
   constexpr int WIDTH = VECTORS * V::lanes;
   const int64_t* const to = rows.to + row;
   const int64_t column = list.column + strip;
@@ -224,7 +224,7 @@ __attribute__((noinline)) void kernel(const Call& c, const List& list, const Pha
 
 template <class V, int VECTORS, int ROWS>
 void kernel_of(int64_t count, const Call& c, const List& list, const Phase& phase, int strip, const float* x,
-               const Rows& rows, const int32_t* tap_at, int64_t row) {
+               const Rows& rows, const int64_t* tap_at, int64_t row) {
   if (count == ROWS)
     kernel<V, VECTORS, ROWS>(c, list, phase, strip, x, rows, tap_at, row);
   else if constexpr (ROWS > 1)

@@ -75,7 +75,7 @@ void pack(const x_t* x, const int64_t* from, int64_t left, int64_t blocks, const
 
 // sums[ROWS rows of the block][a strip] += g^T x over `rows` rows, each with the pixel that it reads.
 template <class V, int VECTORS, int ROWS>
-__attribute__((noinline)) void kernel(const float* g, const float* x, const int32_t* at, int64_t rows, float* sums) {
+__attribute__((noinline)) void kernel(const float* g, const float* x, const int64_t* at, int64_t rows, float* sums) {
   typename V::f acc[ROWS][VECTORS];
   UNROLL for (int i = 0; i < ROWS; ++i)
     UNROLL for (int v = 0; v < VECTORS; ++v) acc[i][v] = load<V>(sums + i * IN + v * V::lanes);

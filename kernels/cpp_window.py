@@ -104,7 +104,7 @@ struct Tiles {
 struct Rows {
   int64_t count;
   int64_t* to;  // offset in y
-  int32_t* at;  // where the packed pixel of the first tap begins
+  int64_t* at;  // where the packed pixel of the first tap begins
 };
 
 // The tables of one tile.
@@ -112,16 +112,16 @@ struct Tile {
   int64_t pixels;
   Rows* phase;
   int64_t* from;    // [pixels] offset in x of each packed pixel, -1: zero
-  int32_t* tap_at;  // [taps] how far from a row's first tap
+  int64_t* tap_at;  // [taps] how far from a row's first tap
 
   static int64_t bytes(const Tiles& t) {
     const int64_t rows = t.g.phases * t.rows;
-    return (t.g.phases * (int64_t)sizeof(Rows) + 8 * (t.pixels + rows) + 4 * (rows + t.g.taps) + 63) / 64 * 64;
+    return (t.g.phases * (int64_t)sizeof(Rows) + 8 * (t.pixels + 2 * rows + t.g.taps) + 63) / 64 * 64;
   }
 
   Tile(const Tiles& t, char* memory) : pixels(0), phase((Rows*)memory), from((int64_t*)(phase + t.g.phases)) {
     int64_t* const to = from + t.pixels;
-    int32_t* const at = (int32_t*)(to + t.g.phases * t.rows);
+    int64_t* const at = to + t.g.phases * t.rows;
     for (int64_t f = 0; f < t.g.phases; ++f) phase[f] = {0, to + f * t.rows, at + f * t.rows};
     tap_at = at + t.g.phases * t.rows;
   }
@@ -146,7 +146,7 @@ struct Tile {
         for (int64_t h = top; h < below; ++h)
           for (int64_t w = left; w < past; ++w, ++rows.count) {
             const int64_t at = pixels + (h - top) * g.step[1] * planes * width + (w - left) * g.step[2];
-            rows.at[rows.count] = (int32_t)(at * stride);
+            rows.at[rows.count] = at * stride;
             rows.to[rows.count] = start + h * g.y_stride[2] + w * g.y_stride[3];
           }
       }
@@ -164,7 +164,7 @@ struct Tile {
     }
     for (int64_t j = 0; j < g.taps; ++j) {
       const int64_t* tap = g.tap()[j].at;
-      tap_at[j] = (int32_t)(((tap[1] * planes + tap[0]) * width + tap[2]) * stride);
+      tap_at[j] = ((tap[1] * planes + tap[0]) * width + tap[2]) * stride;
     }
   }
 };
