@@ -40,6 +40,7 @@ from ctrlcompile.variants import DENSE, ROLES, Variant
 from kernels import DENSITIES, SETTINGS, Block, Sizes, random_mask
 
 Row = dict[str, Any]
+NO_PROBES = torch.full((1,), -1, dtype=torch.int32)
 
 
 def run(
@@ -55,7 +56,9 @@ def run(
     family = dense_linear if variant == DENSE else cpu_linear
     if role == "forward":
         return family.forward(x, weight, None, lists, block, "none")
-    return family.dgrad(grad, weight, lists, block)
+    if role == "dgrad":
+        return family.dgrad(grad, weight, lists, block)
+    return family.wgrad(grad, x, weight, lists, NO_PROBES, block)
 
 
 def measure(shape: Sizes, block: Block, rounds: int) -> list[Row]:
@@ -69,10 +72,10 @@ def measure(shape: Sizes, block: Block, rounds: int) -> list[Row]:
     for density in DENSITIES:
         gate.update_(random_mask(gate.grid, density))
         masked, table = gate.weight.detach().clone(), variants.Table()
-        for variant in variants.candidates(gate, 1):
-            lists, sides = BlockLists(*(part.clone() for part in table.lists(variant, gate))), variant.block(block)
-            shares[variant, density] = table.share(variant, gate)
-            for role in ROLES:
+        for role in ROLES:
+            for variant in variants.candidates(gate, role, 1):
+                lists, sides = BlockLists(*(part.clone() for part in table.lists(variant, gate))), variant.block(block)
+                shares[variant, density] = table.share(variant, gate)
                 calls[role, variant, density] = functools.partial(run, role, variant, x, grad, masked, lists, sides)
     times = alternate(calls, rounds, torch.device("cpu"))
     return [

@@ -79,7 +79,7 @@ def main() -> None:
     args = parser.parse_args()
 
     probe = cc.gates(nn.Linear(WIDTH, HIDDEN), args.block)["weight"]
-    coarse = [v for v in variants.candidates(probe, 1) if v.merged in ((2, 2), (4, 4))]
+    coarse = [v for v in variants.candidates(probe, "forward", 1) if v.merged in ((2, 2), (4, 4))]
     fixed = {variant.name(probe.block): variant for variant in (BLOCK_SPARSE, DENSE, *coarse)}
     contestants = {"respecialised": Contestant(args.block, None)}
     contestants |= {name: Contestant(args.block, variant) for name, variant in fixed.items()}

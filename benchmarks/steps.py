@@ -37,12 +37,15 @@ from rich.console import Console
 from rich.table import Table
 
 import ctrlcompile as cc
+from ctrlcompile import respecialize
 
 sys.path.append(str(Path(__file__).parents[1] / "examples"))
 import train_cifar
 import train_gpt
 
 RAMP_STEPS = 12  # of the controller's short run, before its steps are timed
+# Before a gated model's steps are timed: the variants of its products are tried in the first.
+WARM_UP = respecialize.FIRST_LOOK + 2 * (respecialize.TRIAL_TURNS + 1) + 1
 # GPT-2 has 50257 symbols; a multiple of 64 suits tensor cores, whichever the contestant.
 SIZES = {
     "cpu": {"layers": 6, "width": 768, "context": 256, "batch": 8, "symbols": 65},
@@ -170,7 +173,7 @@ def main() -> None:
             break
         torch._dynamo.reset()
         contestants[name] = contestant = make()
-        for _ in range(RAMP_STEPS if contestant.controller else 2):
+        for _ in range(RAMP_STEPS if contestant.controller else 2 if name in dense else WARM_UP):
             contestant.step(*work.batch())
         contestant.seconds.clear()
         contestant.controller_seconds.clear()

@@ -26,7 +26,7 @@ from ctrlcompile.kernels.index_lists import BlockLists
 from ctrlcompile.kernels.window import Window, channels_last
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Family:
     """The kernels of one kind of layer: modules of `ctrlcompile.kernels` with the same verbs.
 
@@ -182,7 +182,7 @@ def _compute(
     try:
         size = input_size or tuple(arguments[role == "wgrad"].shape[2:])
         if (kernel := _kernel(role, moving, weight, lists, block, activation, window, size)) is not None:
-            gate = registry.with_lists(lists.crow_indices) if role in variants.ROLES else None
+            gate = registry.with_lists(lists.crow_indices)
             if gate is not None and (table := variants.table_of(gate)) is not None:
                 return variants.compute(role, arguments, gate, table, kernel, _module(family.dense))
             return getattr(kernel, role)(*arguments)

@@ -4,6 +4,8 @@ Kernels trust their pointers, so what does not fit is refused here. Which kernel
 part.
 """
 
+import functools
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -12,6 +14,7 @@ from torch import Tensor
 
 from ctrlcompile import kernel_choice
 from ctrlcompile.blocks import no_room
+from ctrlcompile.gate import registry
 from ctrlcompile.kernels import index_lists, reference
 from ctrlcompile.kernels.index_lists import BlockLists, grid_shape
 from ctrlcompile.kernels.window import Window, channels_last
@@ -78,7 +81,7 @@ def _conv(
     block_out: int, block_in: int, activation: str, *moves: Any,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     lists, block, window = _lists(tensors, weight, (block_out, block_in)), (block_out, block_in), Window.of(*moves)
-    check_window(x.shape, weight.shape, window)
+    _size(x.shape, weight.shape, window)
     _check_groups(weight, block, window)
     _check_bias(bias, weight)
     check_activation(activation)
@@ -152,6 +155,9 @@ def check_window(x: Sequence[int], weight: Sequence[int], window: Window) -> tup
     return size
 
 
+_size = functools.lru_cache(check_window)  # of real tensors; sizes of a graph may be symbols
+
+
 def _check_rows(x: Tensor, features: int, weight: Tensor) -> None:
     if x.dim() == 0 or weight.dim() != 2 or x.shape[-1] != features:
         raise ValueError(f"an input of shape {tuple(x.shape)} does not fit a weight of {tuple(weight.shape)}")
@@ -163,7 +169,7 @@ def _check_bias(bias: Tensor | None, weight: Tensor) -> None:
 
 
 def _check_gradient(grad: Tensor, x: Sequence[int], weight: Tensor, window: Window) -> None:
-    expected = (x[0], weight.shape[0], *check_window(x, weight.shape, window))
+    expected = (x[0], weight.shape[0], *_size(tuple(x), weight.shape, window))
     if tuple(grad.shape) != expected:
         raise ValueError(f"the gradient of what comes out has shape {expected}; got {tuple(grad.shape)}")
 
@@ -174,6 +180,10 @@ def _check_groups(weight: Tensor, block: tuple[int, int], window: Window) -> Non
 
 
 def _lists(tensors: Sequence[Tensor], weight: Tensor, block: tuple[int, int]) -> BlockLists:
+    gate = registry.with_lists(tensors[0]) if len(tensors) == len(BlockLists._fields) else None
+    fits = gate is not None and (gate.shape, gate.block) == (weight.shape[:2], block)
+    if gate is not None and fits and all(map(operator.is_, tensors, gate.lists)):
+        return gate.lists  # they were made for such a weight
     rows, columns = grid_shape((weight.shape[0], weight.shape[1]), block)
     capacities = index_lists.capacities(rows, columns)
     if len(tensors) != len(capacities):

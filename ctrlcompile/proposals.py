@@ -8,8 +8,8 @@ class Proposal:
     """A change that the model predicts to pay.
 
     Attributes:
-        node: name of the gate, and the role (forward or dgrad) as a linear's kernel has it. With a weight stored
-            [in, out] the two change parts: `x @ weight` is computed by the kernel of dgrad.
+        node: name of the gate, and the role (forward, dgrad or wgrad) as a linear's kernel has it. With a weight
+            stored [in, out] the first two change parts: `x @ weight` is computed by the kernel of dgrad.
         current, proposed: names of the variants.
         gain: part of a call's time that is predicted to be saved.
         saved_s: seconds over the steps that remain.
@@ -29,7 +29,7 @@ class Outcome:
     """What became of a change that was predicted to pay.
 
     Attributes:
-        role: forward or dgrad, as in `Proposal.node`.
+        role: forward, dgrad or wgrad, as in `Proposal.node`.
         density: of the gate.
         current, proposed, gain, saved_s, cost_s: as in `Proposal`.
         measured: part of a call's time that was saved in the trial; None where there was none, since the variant had

@@ -34,7 +34,8 @@ log = logging.getLogger(__name__)
 HORIZON = 1000  # steps that a change has to pay in where the length of the run is not known
 MARGIN = 0.05  # of a call's time: what a variant has to be faster by
 LEAST_SAVED_S = 1.0  # over the steps that remain, by all nodes together: less is not worth a try
-LOOK_EVERY, SETTLED_LOOK = 25, 100  # steps between looks at a gate: after something has changed, and else
+FIRST_LOOK = 5  # step of a gate's first look: dense products may be faster while nothing is masked
+LOOK_EVERY, SETTLED_LOOK = 25, 100  # steps between looks after it: where something has changed, and else
 FEWEST_CALLS = 3  # of a node, for a median that counts
 TRIAL_TURNS = 4  # steps of each of the two in a trial, after one that warms up
 MOST_BUILDS = 8  # of a process
@@ -93,7 +94,7 @@ def in_force(gate: Gate) -> dict[str, str]:
         return {}
     table = variants.table_of(gate)
     named = {role: BLOCK_SPARSE if table is None else table.nodes[role].variant for role in variants.ROLES}
-    return {role: variant.name(gate.block) for role, variant in named.items()} | {"wgrad": BLOCK_SPARSE.kind}
+    return {role: variant.name(gate.block) for role, variant in named.items()}
 
 
 def model_error() -> float | None:
@@ -147,7 +148,7 @@ class _Plan:
         self.steps += 1
         changed, self.updates = gate.updates != self.updates, gate.updates
         # Gates are looked at in the same steps, since what they save counts together.
-        due = changed or self.steps % (LOOK_EVERY if self.moved else SETTLED_LOOK) == 0
+        due = changed or self.steps == FIRST_LOOK or self.steps % (LOOK_EVERY if self.moved else SETTLED_LOOK) == 0
         if due:
             self.moved = changed
         wishes: list[_Wish] = []
@@ -202,7 +203,7 @@ class _At:
         """To variants that are faster by prediction than the one in force, by the margin; the fastest comes first."""
         now, found = self._predict(self.course.settled), []
         per_step = self.node.count / self.plan.steps
-        for variant in variants.candidates(self.gate, self.node.groups) if left > 0 else ():
+        for variant in variants.candidates(self.gate, self.role, self.node.groups) if left > 0 else ():
             out = variant in self.course.declined or self.recipe(variant) in _failed
             if variant != self.course.settled and not out:
                 saved = now - self._predict(variant)

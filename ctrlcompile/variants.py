@@ -3,8 +3,8 @@
 Each is right for every mask, and fast for some: the block-sparse kernel in the gate's own blocks; the same kernel in
 `coarse` blocks, several of the gate's merged into one that is active where any of them is; the framework's `dense`
 product, of everything or, `compact`, of the rows and columns that have an active block. All but the first multiply
-masked blocks, which the gate keeps zero. The weight gradient, which reports on every block of the gate, is always
-block-sparse.
+masked blocks, which the gate keeps zero. The weight gradient, which reports on every block of the gate, is block-sparse
+or dense.
 
 What is in force is read here at each call, and changed by `respecialize` only after a step of the optimizer that owns
 the weight: never between a forward pass and its backward or recomputation.
@@ -27,9 +27,12 @@ from ctrlcompile.gate import Gate
 from ctrlcompile.kernels import compact, index_lists
 from ctrlcompile.kernels.index_lists import BlockLists
 
-ROLES = ("forward", "dgrad")  # those that have variants
+ROLES = ("forward", "dgrad", "wgrad")
 KEPT_CALLS = 16  # of a role, until they are taken: those after are not timed
-_LISTS = {"forward": 3, "dgrad": 2}  # position of the index lists among a kernel's arguments; the block comes after
+# Positions among a kernel's arguments.
+_WEIGHT = {"forward": 1, "dgrad": 1, "wgrad": 2}
+_LISTS = {"forward": 3, "dgrad": 2, "wgrad": 3}  # the block comes next, except in wgrad
+_WINDOW = {"forward": 6, "dgrad": 4, "wgrad": 6}
 
 
 @dataclass(frozen=True)
@@ -53,9 +56,11 @@ COARSEST = 64  # sides of merged blocks: larger ones were no faster on any machi
 COMPACTED = 8  # smaller side of the blocks up to which compact is tried: in larger ones it was never faster
 
 
-def candidates(gate: Gate, groups: int) -> list[Variant]:
-    """All variants that can compute a gate's products; `groups` are those of its convolution, 1 for a linear."""
+def candidates(gate: Gate, role: str, groups: int) -> list[Variant]:
+    """All variants that can compute a gate's product; `groups` are those of its convolution, 1 for a linear."""
     found = [BLOCK_SPARSE, DENSE]
+    if role == "wgrad":
+        return found
     alive = bool(gate.active) and groups == 1
     if alive and min(gate.block) <= COMPACTED and not (gate.mask.any(0).all() and gate.mask.any(1).all()):
         found.append(COMPACT)
@@ -159,7 +164,7 @@ def compute(role: str, arguments: tuple[Any, ...], gate: Gate, table: Table, spa
     """A call of a role by the variant in force, timed while calls are wanted; `sparse`, `dense` are kernel modules."""
     node = table.nodes[role]
     variant, at = node.variant, _LISTS[role]
-    moving, weight = arguments[0], arguments[1]
+    moving, weight = arguments[0], arguments[_WEIGHT[role]]
     recorded = _recording.on and len(node.calls) < KEPT_CALLS
     if recorded or variant.kind == "coarse":
         types = Types(moving.dtype, weight.dtype, arguments[at + 2] if role == "forward" else "none")
@@ -168,7 +173,9 @@ def compute(role: str, arguments: tuple[Any, ...], gate: Gate, table: Table, spa
     if variant == COMPACT and not gate.active:
         variant = BLOCK_SPARSE  # nothing is left to make a product of
     started = time.perf_counter()
-    if variant == DENSE:
+    if variant == DENSE and role == "wgrad":
+        result = dense.wgrad(*arguments)
+    elif variant == DENSE:
         result = getattr(dense, role)(moving, weight.to(moving.dtype), *arguments[2:])
     elif variant == COMPACT:
         result = getattr(compact, role)(dense, table.live(gate), *arguments)
@@ -182,7 +189,7 @@ def compute(role: str, arguments: tuple[Any, ...], gate: Gate, table: Table, spa
         seconds = time.perf_counter() - started
         outputs, inputs = index_lists.matrix_shape(weight.shape)
         rows = (result[0] if role == "forward" else moving).numel() // outputs
-        window = arguments[at + 3 - (role == "dgrad")] if weight.dim() > 2 else None
+        window = arguments[_WINDOW[role]] if weight.dim() > 2 else None
         node.types, node.groups, node.family = types, 1 if window is None else window.groups, sparse.__name__
         node.calls.append(Call(variant, types, rows, inputs, outputs, table.share(variant, gate), seconds))
     return result

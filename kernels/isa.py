@@ -4,6 +4,7 @@ All are generated from one text with vector types of the compiler (`__attribute_
 only says how wide a vector is, how many registers there are, and what the compiler is told.
 """
 
+import functools
 import os
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -11,7 +12,7 @@ from typing import NamedTuple
 import torch
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Isa:
     """`lanes` float32 values a vector, `registers` vectors, `flags` for the compiler."""
 
@@ -32,12 +33,16 @@ def current() -> Isa:
 
     Raises ValueError when the variable names none.
     """
-    name = os.environ.get("CTRLCOMPILE_ISA")
-    if name:
-        if name not in ALL:
-            raise ValueError(f"CTRLCOMPILE_ISA={name!r} is no instruction set; allowed are {', '.join(ALL)}")
-        return ALL[name]
-    return {"AVX512": AVX512, "AVX2": AVX2}.get(torch.backends.cpu.get_cpu_capability(), PORTABLE)
+    return _named(os.environ.get("CTRLCOMPILE_ISA"))
+
+
+@functools.cache
+def _named(name: str | None) -> Isa:
+    if not name:
+        return {"AVX512": AVX512, "AVX2": AVX2}.get(torch.backends.cpu.get_cpu_capability(), PORTABLE)
+    if name not in ALL:
+        raise ValueError(f"CTRLCOMPILE_ISA={name!r} is no instruction set; allowed are {', '.join(ALL)}")
+    return ALL[name]
 
 
 def has_amx() -> bool:

@@ -60,16 +60,16 @@ def gate_gradient(
     gradient: Tensor, weight: Tensor, mask: Tensor, probes: Tensor, block: tuple[int, int]
 ) -> tuple[Tensor, Tensor]:
     """What of a dense gradient `[N, K]` is the gated weight's, and the signals: see `linear_wgrad`."""
-    shape, blocks = (weight.shape[0], weight.shape[1]), mask.numel()
+    blocks = mask.numel()
     probed = torch.zeros(blocks + 1, dtype=torch.bool, device=mask.device)
     probed[torch.where(probes >= 0, probes, blocks).long()] = True  # padding lands in a place past the end
-    measured = index_lists.expand(mask | probed[:-1].view_as(mask), block, shape)
-    active = index_lists.expand(mask, block, shape)
     zero = gradient.new_zeros(())
-    times_weight = _block_sums(torch.where(active, weight.to(gradient.dtype) * gradient, zero), mask, block)
-    squared = _block_sums(torch.where(measured, gradient.square(), zero), mask, block)
-    signals = torch.stack([times_weight, squared]).float()
-    return torch.where(active, gradient, zero).to(weight.dtype), signals
+    times_weight = torch.where(mask, _block_sums(weight.to(gradient.dtype) * gradient, mask, block), zero)
+    squared = torch.where(mask | probed[:-1].view_as(mask), _block_sums(gradient.square(), mask, block), zero)
+    if mask.is_cuda or not bool(mask.all()):
+        active = index_lists.expand(mask, block, (weight.shape[0], weight.shape[1]))
+        gradient = torch.where(active, gradient, zero)
+    return gradient.to(weight.dtype), torch.stack([times_weight, squared]).float()
 
 
 def conv(
@@ -179,7 +179,8 @@ def _patches(x: Tensor, weight: Tensor, window: Window) -> tuple[Tensor, ...]:
 def _block_sums(entries: Tensor, mask: Tensor, block: tuple[int, int]) -> Tensor:
     rows, columns = mask.shape
     padding = (0, columns * block[1] - entries.shape[1], 0, rows * block[0] - entries.shape[0])
-    return F.pad(entries, padding).view(rows, block[0], columns, block[1]).sum((1, 3))
+    whole = F.pad(entries, padding) if any(padding) else entries
+    return whole.view(rows, block[0], columns, block[1]).sum((1, 3))
 
 
 def _compute_dtype(x: Tensor) -> torch.dtype:

@@ -310,7 +310,7 @@ def test_every_variant_is_measured_at_every_density_and_computes_the_masked_prod
     script = scripts["cost_model"]
     rows = script.measure((16, 64, 64), (16, 16), 1)
     assert {(row["role"], row["density"]) for row in rows} == {
-        (role, density) for role in ("forward", "dgrad") for density in (1.0, 0.5, 0.25, 0.1)
+        (role, density) for role in ("forward", "dgrad", "wgrad") for density in (1.0, 0.5, 0.25, 0.1)
     }
     assert {row["variant"] for row in rows} >= {"block-sparse", "dense", "coarse 32x32"}
     for row in rows:

@@ -24,8 +24,8 @@ class Served:
 
     def __init__(self, gate: cc.Gate, variant: Variant) -> None:
         self.gate, table = gate, variants.open_table(gate)
-        for node in table.nodes.values():
-            node.variant = variant
+        for role, node in table.nodes.items():
+            node.variant = variant if role != "wgrad" or variant == DENSE else BLOCK_SPARSE
         self.table = table
 
     def forward(self, x, weight, bias, lists, block, activation, *window):
@@ -99,9 +99,11 @@ def test_a_linear_is_the_same_by_every_variant_under_every_mask(variant, dtypes,
         problem.kernels = Served(gated(problem), variant)
         problem.check_forward(activation)
         problem.check_dgrad()
-        problem.check_wgrad()
-        used = [call.variant for node in problem.kernels.table.nodes.values() for call in node.calls]
-        assert set(used) == {variant if mask.any() or variant != COMPACT else BLOCK_SPARSE}
+        problem.check_wgrad(rounded=variant == DENSE)
+        nodes = problem.kernels.table.nodes
+        used = {role: {call.variant for call in node.calls} for role, node in nodes.items()}
+        rows = {variant if mask.any() or variant != COMPACT else BLOCK_SPARSE}
+        assert used == {"forward": rows, "dgrad": rows, "wgrad": {DENSE if variant == DENSE else BLOCK_SPARSE}}
         problem.weight = weight
 
 
@@ -115,7 +117,8 @@ def test_a_convolution_is_the_same_by_every_variant_under_every_mask(variant, gr
         fresh(problem, mask)
         gate = gated(problem)
         dead = not mask.any(1).all() or not mask.any(0).all()
-        assert (variant in variants.candidates(gate, groups)) == (variant != COMPACT or (bool(mask.any()) and dead))
+        offered = variants.candidates(gate, "forward", groups)
+        assert (variant in offered) == (variant != COMPACT or (bool(mask.any()) and dead))
         problem.kernels = Served(gate, variant)
         problem.check("none" if variant in COARSE else "gelu")
         problem.weight = weight
@@ -125,7 +128,7 @@ def test_a_convolution_of_one_tap_is_a_linear_in_every_variant():
     window = Window((1, 1), ((0, 0), (0, 0)), (1, 1))
     problem = ConvProblem.random((2, 40, 5, 4), 72, (1, 1), window, (8, 8), 0.5, FLOAT)
     gate = gated(problem)
-    for variant in variants.candidates(gate, 1):
+    for variant in variants.candidates(gate, "forward", 1):
         problem.kernels = Served(gate, variant)
         problem.check()
 
@@ -133,11 +136,13 @@ def test_a_convolution_of_one_tap_is_a_linear_in_every_variant():
 def test_merged_blocks_divide_neither_a_group_nor_a_small_weight():
     conv = torch.nn.Conv2d(64, 48, 3, groups=2)
     gate = cc.gates(conv, (8, 8))["weight"]
-    assert variants.candidates(gate, 2) == [BLOCK_SPARSE, DENSE, Variant("coarse", (1, 2))]  # 24 rows in a group
+    # 24 rows in a group
+    assert variants.candidates(gate, "forward", 2) == [BLOCK_SPARSE, DENSE, Variant("coarse", (1, 2))]
+    assert variants.candidates(gate, "wgrad", 2) == [BLOCK_SPARSE, DENSE]
     gate = cc.gates(torch.nn.Linear(64, 64), 32)["weight"]
-    assert {variant.block(gate.block) for variant in variants.candidates(gate, 1)} >= {(64, 64), (32, 64)}
+    assert {variant.block(gate.block) for variant in variants.candidates(gate, "forward", 1)} >= {(64, 64), (32, 64)}
     gate = cc.gates(torch.nn.Linear(512, 512), 64)["weight"]
-    assert variants.candidates(gate, 1) == [BLOCK_SPARSE, DENSE]
+    assert variants.candidates(gate, "forward", 1) == [BLOCK_SPARSE, DENSE]
 
 
 def test_a_variants_share_is_what_it_multiplies():
@@ -161,13 +166,13 @@ def test_live_rows_and_columns_are_multiplied_alone_where_blocks_are_small_and_s
     for side, groups, offered in ((8, 1, True), (16, 1, False), (8, 2, False)):
         linear = torch.nn.Linear(64, 96)
         gate = cc.gates(linear, side)["weight"]
-        assert COMPACT not in variants.candidates(gate, groups)
+        assert COMPACT not in variants.candidates(gate, "forward", groups)
         mask = torch.ones(gate.grid, dtype=torch.bool)
         mask[1] = False
         gate.update_(mask)
-        assert (COMPACT in variants.candidates(gate, groups)) == offered
+        assert (COMPACT in variants.candidates(gate, "forward", groups)) == offered
         gate.update_(~torch.ones_like(mask))
-        assert COMPACT not in variants.candidates(gate, groups)
+        assert COMPACT not in variants.candidates(gate, "forward", groups)
 
 
 def test_calls_are_timed_but_not_while_somebody_looks():

@@ -72,7 +72,8 @@ class Problem:
         assert grad_x.dtype == self.x.dtype
         within_budget(grad_x, self.grad_z @ self._masked_weight(), exact)
 
-    def check_wgrad(self) -> None:
+    def check_wgrad(self, *, rounded: bool = False) -> None:
+        """`rounded`: the signals are those of the rounded gradient, as dense products have it."""
         lists = index_lists.build(self.mask)
         grad_weight, signals = self.kernels.wgrad(self.grad_z, self.x, self.weight, lists, self.probes, self.block)
         given = (self.grad_z, self.x, self.weight)
@@ -80,11 +81,14 @@ class Problem:
         exact, exact_signals = reference.linear_wgrad(*(tensor.double() for tensor in given), *rest)
         summed, summed_signals = reference.linear_wgrad(*(tensor.double().abs() for tensor in given), *rest)
         entries = index_lists.expand(self.mask, self.block, (self.weight.shape[0], self.weight.shape[1]))
-        dense = torch.where(entries, self.grad_z.t() @ self.x, 0)
+        dense = self.grad_z.t() @ self.x
         assert grad_weight.dtype == self.weight.dtype
         assert not grad_weight[~entries].any()
-        within_budget(grad_weight, dense, exact, magnitude=summed)
-        dense_signals = reference.linear_wgrad(*(tensor.float() for tensor in given), *rest)[1]
+        within_budget(grad_weight, torch.where(entries, dense, 0), exact, magnitude=summed)
+        if rounded:
+            dense_signals = reference.gate_gradient(dense.float(), self.weight.float(), *rest)[1]
+        else:
+            dense_signals = reference.linear_wgrad(*(tensor.float() for tensor in given), *rest)[1]
         within_budget(signals, dense_signals, exact_signals, magnitude=summed_signals)
 
     def _masked_weight(self) -> Tensor:
