@@ -34,7 +34,7 @@ from ctrlcompile.kernels import build
 from ctrlcompile.variants import BLOCK_SPARSE, Types
 
 SHORT_ROWS = 8
-PRODUCTS = 4  # of a step that may change their variant: forward and dgrad of two layers
+PRODUCTS = 6  # of a step: three roles of two layers
 WARM_UP = 5  # steps
 ACTIVATIONS = ("none", "relu", "gelu", "gelu_tanh")  # each makes another kernel to build
 TRIMMED = 0.05  # at each end, of the differences whose mean is taken

@@ -142,6 +142,7 @@ class _Plan:
         self.courses = {role: _Course() for role in variants.ROLES}
         self.steps = self.updates = 0
         self.moved = True  # something has changed since the last look, or at it
+        self.busy = False  # something may be under way: a build waited for, a trial
 
     def advance(self, gate: Gate, steps_left: Callable[[Gate], int | None]) -> "list[_Wish]":
         """Takes a step in, carries on what is under way, and returns what would pay to build and try."""
@@ -149,6 +150,8 @@ class _Plan:
         changed, self.updates = gate.updates != self.updates, gate.updates
         # Gates are looked at in the same steps, since what they save counts together.
         due = changed or self.steps == FIRST_LOOK or self.steps % (LOOK_EVERY if self.moved else SETTLED_LOOK) == 0
+        if not due and not self.busy:
+            return []
         if due:
             self.moved = changed
         wishes: list[_Wish] = []
@@ -179,6 +182,8 @@ class _Plan:
                     wishes += [(node, change) for change in new]
             elif node.node.count:  # called, but nothing is known of it yet
                 self.moved = True
+        under_way = (course.trial is not None or course.waiting is not None for course in self.courses.values())
+        self.busy = bool(wishes) or any(under_way)
         return wishes
 
 

@@ -28,7 +28,7 @@ from ctrlcompile.kernels import compact, index_lists
 from ctrlcompile.kernels.index_lists import BlockLists
 
 ROLES = ("forward", "dgrad", "wgrad")
-KEPT_CALLS = 16  # of a role, until they are taken: those after are not timed
+KEPT_CALLS = 8  # of a role, until they are taken: those after are not timed
 # Positions among a kernel's arguments.
 _WEIGHT = {"forward": 1, "dgrad": 1, "wgrad": 2}
 _LISTS = {"forward": 3, "dgrad": 2, "wgrad": 3}  # the block comes next, except in wgrad
