@@ -1,5 +1,6 @@
 """What a benchmark ran on and with, as its JSON keeps it."""
 
+import ctypes
 import os
 import platform
 import shutil
@@ -10,6 +11,9 @@ from pathlib import Path
 import torch
 
 from ctrlcompile.kernels import build, isa
+
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
+MOST_BYTES = 2**31 - 1
 
 
 def describe(device: torch.device) -> dict[str, object]:
@@ -29,6 +33,16 @@ def describe(device: torch.device) -> dict[str, object]:
         "driver": _first_line("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
         "cuda": torch.version.cuda, "triton": triton.__version__,
     }  # fmt: skip
+
+
+def keep_freed_memory() -> None:
+    """Has glibc keep what is freed, for all contestants of a process alike; another C library goes on as it is.
+
+    Else it depends on what the others have freed whose results come anew from the system, page fault by page fault.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None and mallopt(M_MMAP_THRESHOLD, MOST_BYTES):  # alone, the other makes it worse
+        mallopt(M_TRIM_THRESHOLD, MOST_BYTES)
 
 
 def command() -> str:

@@ -46,8 +46,9 @@ class Contestant:
         self.optimizer = torch.optim.SGD(model.parameters(), 1e-4)
         self.seconds: list[float] = []
         for gate in self.gates if fixed is not None and fixed != BLOCK_SPARSE else ():
-            for node in variants.open_table(gate).nodes.values():
-                node.variant = fixed or BLOCK_SPARSE
+            for role, node in variants.open_table(gate).nodes.items():
+                offered = variants.candidates(gate, role, 1)
+                node.variant = fixed if fixed in offered else BLOCK_SPARSE
                 for activation in ("none", "relu"):
                     node.ready.add((node.variant, Types(torch.float32, torch.float32, activation)))
 

@@ -6,6 +6,7 @@
     python benchmarks/steps.py --device cuda            # GPT-2's size, 16 sequences of 1024, bfloat16 autocast
 
 A step is forward, backward, the optimizer, and the gradients set to None; on a GPU it ends when the device has ended.
+A gated model's first steps, in which variants of its products are tried, are not timed; memory once freed is kept.
 Every contestant takes one step in turn, so that a drift of the machine's clock meets all alike; a row's speed-up is the
 median of its time over the dense step's median.
 
@@ -32,7 +33,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from machine import describe
+from machine import describe, keep_freed_memory
 from rich.console import Console
 from rich.table import Table
 
@@ -154,6 +155,7 @@ class Contestant:
 
 def main() -> None:
     args = _arguments()
+    keep_freed_memory()
     device = torch.device(args.device)
     work = WORKS[args.model](args)
     entrants: dict[str, Callable[[], Contestant]] = {}
