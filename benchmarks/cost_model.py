@@ -3,8 +3,8 @@
     python benchmarks/cost_model.py                  # a CPU, float32, blocks of 32: under a minute
     python benchmarks/cost_model.py --block 16 --json FILE
 
-Forward and input gradient by every variant (block-sparse, dense, coarser blocks) under random masks, their calls in
-turn, the median of each. The cost model is then told these times one by one, as in a training run whose density falls,
+Every product by each of its variants (block-sparse, dense, coarser blocks) under random masks, their calls in turn, the
+median of each. The cost model is then told these times one by one, as in a training run whose density falls,
 and predicts before each. Prints the median of |predicted / measured - 1| for
 
 - the same product, measured before under denser masks: what decides about a variant that has run before;

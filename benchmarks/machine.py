@@ -35,14 +35,15 @@ def describe(device: torch.device) -> dict[str, object]:
     }  # fmt: skip
 
 
-def keep_freed_memory() -> None:
-    """Has glibc keep what is freed, for all contestants of a process alike; another C library goes on as it is.
+def keep_freed_memory() -> bool:
+    """Has glibc keep what is freed, for all contestants of a process alike; whether it does.
 
     Else it depends on what the others have freed whose results come anew from the system, page fault by page fault.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None and mallopt(M_MMAP_THRESHOLD, MOST_BYTES):  # alone, the other makes it worse
-        mallopt(M_TRIM_THRESHOLD, MOST_BYTES)
+    if mallopt is None or not mallopt(M_MMAP_THRESHOLD, MOST_BYTES):
+        return False  # the other one alone makes it worse
+    return bool(mallopt(M_TRIM_THRESHOLD, MOST_BYTES))
 
 
 def command() -> str:

@@ -126,11 +126,10 @@ def main() -> None:
         "against_block_sparse": total / sum(row["seconds"]["block-sparse"] for row in rows),
         "longest_step": max(busy, default=None), "busy_steps": len(busy), "model_error": respecialize.model_error(),
     }  # fmt: skip
-    table = Table(
-        "density", *contestants, "in force at its end (forward, dgrad)", title=f"seconds, blocks {args.block}"
-    )
+    roles = ", ".join(variants.ROLES)
+    table = Table("density", *contestants, f"in force at its end ({roles})", title=f"seconds, blocks {args.block}")
     for row in rows:
-        now = ", ".join("/".join(list(gate.values())[:2]) for gate in row["in_force"])
+        now = ", ".join("/".join(gate.values()) for gate in row["in_force"])
         table.add_row(f"{row['density']:g}", *(f"{row['seconds'][name]:.3f}" for name in contestants), now)
     Console(width=150).print(table)
     print({name: value for name, value in result.items() if name not in ("rows", "machine")})

@@ -26,7 +26,7 @@ from ctrlcompile.kernels.index_lists import BlockLists
 from ctrlcompile.kernels.window import Window, channels_last
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False)  # a key of caches that are read at each call
 class Family:
     """The kernels of one kind of layer: modules of `ctrlcompile.kernels` with the same verbs.
 

@@ -81,7 +81,7 @@ def _conv(
     block_out: int, block_in: int, activation: str, *moves: Any,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     lists, block, window = _lists(tensors, weight, (block_out, block_in)), (block_out, block_in), Window.of(*moves)
-    _size(x.shape, weight.shape, window)
+    _checked_window(x.shape, weight.shape, window)
     _check_groups(weight, block, window)
     _check_bias(bias, weight)
     check_activation(activation)
@@ -155,7 +155,7 @@ def check_window(x: Sequence[int], weight: Sequence[int], window: Window) -> tup
     return size
 
 
-_size = functools.lru_cache(check_window)  # of real tensors; sizes of a graph may be symbols
+_checked_window = functools.lru_cache(check_window)  # of real tensors; sizes in a graph may be symbols
 
 
 def _check_rows(x: Tensor, features: int, weight: Tensor) -> None:
@@ -169,7 +169,7 @@ def _check_bias(bias: Tensor | None, weight: Tensor) -> None:
 
 
 def _check_gradient(grad: Tensor, x: Sequence[int], weight: Tensor, window: Window) -> None:
-    expected = (x[0], weight.shape[0], *_size(tuple(x), weight.shape, window))
+    expected = (x[0], weight.shape[0], *_checked_window(tuple(x), weight.shape, window))
     if tuple(grad.shape) != expected:
         raise ValueError(f"the gradient of what comes out has shape {expected}; got {tuple(grad.shape)}")
 
@@ -181,9 +181,9 @@ def _check_groups(weight: Tensor, block: tuple[int, int], window: Window) -> Non
 
 def _lists(tensors: Sequence[Tensor], weight: Tensor, block: tuple[int, int]) -> BlockLists:
     gate = registry.with_lists(tensors[0]) if len(tensors) == len(BlockLists._fields) else None
-    fits = gate is not None and (gate.shape, gate.block) == (weight.shape[:2], block)
-    if gate is not None and fits and all(map(operator.is_, tensors, gate.lists)):
-        return gate.lists  # they were made for such a weight
+    its_own = gate is not None and all(map(operator.is_, tensors, gate.lists))
+    if gate is not None and its_own and (gate.shape, gate.block) == (weight.shape[:2], block):
+        return gate.lists
     rows, columns = grid_shape((weight.shape[0], weight.shape[1]), block)
     capacities = index_lists.capacities(rows, columns)
     if len(tensors) != len(capacities):

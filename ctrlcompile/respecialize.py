@@ -34,8 +34,8 @@ log = logging.getLogger(__name__)
 HORIZON = 1000  # steps that a change has to pay in where the length of the run is not known
 MARGIN = 0.05  # of a call's time: what a variant has to be faster by
 LEAST_SAVED_S = 1.0  # over the steps that remain, by all nodes together: less is not worth a try
-FIRST_LOOK = 5  # step of a gate's first look: dense products may be faster while nothing is masked
-LOOK_EVERY, SETTLED_LOOK = 25, 100  # steps between looks after it: where something has changed, and else
+FIRST_LOOK = 5  # step of one look more: dense products may be faster while nothing is masked
+LOOK_EVERY, SETTLED_LOOK = 25, 100  # steps between looks at a gate: after something has changed, and else
 FEWEST_CALLS = 3  # of a node, for a median that counts
 TRIAL_TURNS = 4  # steps of each of the two in a trial, after one that warms up
 MOST_BUILDS = 8  # of a process
@@ -83,7 +83,8 @@ def at_boundary(gates: Iterable[Gate], steps_left: Callable[[Gate], int | None])
                 wishes += plan.advance(gate, steps_left)
                 told += [(gate, outcome) for outcome in plan.outcomes]
                 plan.outcomes.clear()
-        _grant(wishes)
+        if wishes:
+            _grant(wishes)
     build.give_turn()
     return told
 
@@ -149,11 +150,12 @@ class _Plan:
         self.steps += 1
         changed, self.updates = gate.updates != self.updates, gate.updates
         # Gates are looked at in the same steps, since what they save counts together.
-        due = changed or self.steps == FIRST_LOOK or self.steps % (LOOK_EVERY if self.moved else SETTLED_LOOK) == 0
-        if not due and not self.busy:
-            return []
+        due = changed or self.steps % (LOOK_EVERY if self.moved else SETTLED_LOOK) == 0
         if due:
             self.moved = changed
+        due |= self.steps == FIRST_LOOK
+        if not due and not self.busy:
+            return []
         wishes: list[_Wish] = []
         for role, course in self.courses.items():
             if changed:

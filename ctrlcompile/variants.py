@@ -31,7 +31,7 @@ ROLES = ("forward", "dgrad", "wgrad")
 KEPT_CALLS = 8  # of a role, until they are taken: those after are not timed
 # Positions among a kernel's arguments.
 _WEIGHT = {"forward": 1, "dgrad": 1, "wgrad": 2}
-_LISTS = {"forward": 3, "dgrad": 2, "wgrad": 3}  # the block comes next, except in wgrad
+_LISTS = {"forward": 3, "dgrad": 2}  # the block comes next; wgrad is never called with other lists than the gate's
 _WINDOW = {"forward": 6, "dgrad": 4, "wgrad": 6}
 
 
@@ -163,9 +163,12 @@ def open_table(gate: Gate) -> Table:
 def compute(role: str, arguments: tuple[Any, ...], gate: Gate, table: Table, sparse: Any, dense: Any) -> Any:
     """A call of a role by the variant in force, timed while calls are wanted; `sparse`, `dense` are kernel modules."""
     node = table.nodes[role]
-    variant, at = node.variant, _LISTS[role]
-    moving, weight = arguments[0], arguments[_WEIGHT[role]]
+    node.count += _recording.on
     recorded = _recording.on and len(node.calls) < KEPT_CALLS
+    if node.variant is BLOCK_SPARSE and not recorded:  # mostly
+        return getattr(sparse, role)(*arguments)
+    variant, at = node.variant, _LISTS.get(role, 0)
+    moving, weight = arguments[0], arguments[_WEIGHT[role]]
     if recorded or variant.kind == "coarse":
         types = Types(moving.dtype, weight.dtype, arguments[at + 2] if role == "forward" else "none")
         if variant.kind == "coarse" and (variant, types) not in node.ready:
@@ -184,7 +187,6 @@ def compute(role: str, arguments: tuple[Any, ...], gate: Gate, table: Table, spa
     else:
         lists, block = table.lists(variant, gate), variant.block(gate.block)
         result = getattr(sparse, role)(*arguments[:at], lists, block, *arguments[at + 2 :])
-    node.count += _recording.on
     if recorded:
         seconds = time.perf_counter() - started
         outputs, inputs = index_lists.matrix_shape(weight.shape)

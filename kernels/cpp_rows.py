@@ -86,7 +86,7 @@ void pack_x(const Call& c, const Tile& tile, float* to) {
     for (int64_t g = 0; g < c.groups; ++g, from += c.inputs) {
       float* const group = to + g * whole;
       copy<8192>(from, c.inputs, group);
-      std::memset(group + c.inputs, 0, (whole - c.inputs) * sizeof(float));
+      if (whole > c.inputs) std::memset(group + c.inputs, 0, (whole - c.inputs) * sizeof(float));
     }
   }
 }
@@ -196,8 +196,8 @@ __attribute__((noinline)) void kernel(const Call& c, const List& list, const Pha
   const int32_t* entry = c.indices + list.begin;
   const float* w = c.packed_strip(list, phase, strip);
   int64_t j = 0, t = 0, from = all ? (int64_t)entry[0] * IN + tap_at[0] : 0;
-  int64_t fetched = 0;  // rows of the output that the cache has been asked for
-  const int64_t fetch = all ? (ROWS + all - 1) / all : 0;
+  int fetched = 0;  // rows of the output that the cache has been asked for
+  const int fetch = all >= ROWS ? 1 : all ? (ROWS + (int)all - 1) / (int)all : 0;
   for (int64_t steps = all; steps > 0; --steps) {
     if (++t == taps) t = 0, ++j;
     const int64_t next = (int64_t)entry[j < length ? j : 0] * IN + tap_at[t];
@@ -205,7 +205,7 @@ __attribute__((noinline)) void kernel(const Call& c, const List& list, const Pha
       UNROLL for (int k = 0; k < IN; k += 16) __builtin_prefetch(pixel[i] + next + k);
     // What is stored at the end is in the cache by then. A few rows at a time: a core waits for few lines at once, and
     // the inputs come the same way.
-    for (const int64_t last = std::min<int64_t>(ROWS, fetched + fetch); fetched < last; ++fetched)
+    for (const int last = std::min(ROWS, fetched + fetch); fetched < last; ++fetched)
       UNROLL for (int v = 0; v < WIDTH; v += 64 / sizeof(x_t)) {
         __builtin_prefetch(c.y + to[fetched] + column + v, 1);
         if (KEEPS_Z) __builtin_prefetch(c.z + to[fetched] + column + v, 1);

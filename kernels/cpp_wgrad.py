@@ -50,7 +50,7 @@ template <class F> INLINE void for_groups(F f) {
 // ---- packing -------------------------------------------------------------------------------------------------------
 
 // Rows [first, last) of a tile to [block][row][column], for those of so many `blocks` of SIDE columns that are used; of
-// a row's columns `left` are left; zero from there on, and where there is no row. A few rows at a time and block by
+// a row's columns `left` are left; zero from there on, and where there is no row. Some rows at a time and block by
 // block: reads then follow as many streams as there are rows, and writes are one.
 template <int SIDE>
 void pack(const x_t* x, const int64_t* from, int64_t left, int64_t blocks, const char* used, int64_t first,
@@ -165,6 +165,7 @@ void clear_row(const int32_t* list, int length, int64_t r, int64_t columns, cons
 // ---- the plan ------------------------------------------------------------------------------------------------------
 
 constexpr int64_t BLOCK_BYTES = 4 * OUT * IN;
+constexpr int64_t AT_ONCE = 32;  // rows that are packed together: as many streams as the hardware prefetches
 
 // The grid is cut into chunks, each group's alike, and the rows into slices, so that all threads have tasks enough; of
 // the cuts that give as many, into that which moves the fewest bytes: what is packed for each chunk, and the sums,
@@ -203,7 +204,7 @@ struct Plan {
     }
     chunks = groups * down * across;
     tasks = chunks * slices;
-    g_floats = rows * OUT * tiles.rows;
+    g_floats = (rows * OUT * tiles.rows + 15) / 16 * 16;  // whole cache lines
     x_floats = columns * IN * tiles.pixels;
   }
 };
@@ -241,11 +242,11 @@ void work(const Call& c, int64_t task, float* panels) {
   const int64_t first = part(p.tiles.count, p.slices, slice), last = part(p.tiles.count, p.slices, slice + 1);
   for (int64_t q = first; q < last; ++q) {
     const Tile& tile = c.tiles[q];
-    for (int64_t m = 0; m < tile.phase->count; m += 32)
-      pack<OUT>(g, tile.phase->to, c.n - row * OUT, rows, used_rows, m, std::min(m + 32, tile.phase->count),
+    for (int64_t m = 0; m < tile.phase->count; m += AT_ONCE)
+      pack<OUT>(g, tile.phase->to, c.n - row * OUT, rows, used_rows, m, std::min(m + AT_ONCE, tile.phase->count),
                 p.tiles.rows, packed_g);
-    for (int64_t m = 0; m < tile.pixels; m += 32)
-      pack<IN>(x, tile.from, c.k - column * IN, columns, used_columns, m, std::min(m + 32, tile.pixels),
+    for (int64_t m = 0; m < tile.pixels; m += AT_ONCE)
+      pack<IN>(x, tile.from, c.k - column * IN, columns, used_columns, m, std::min(m + AT_ONCE, tile.pixels),
                p.tiles.pixels, packed_x);
     for (int64_t i = first_entry; i < last_entry; ++i) {
       const Entry& e = c.entries[i];

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False)  # a key of caches that are read at each call
 class Isa:
     """`lanes` float32 values a vector, `registers` vectors, `flags` for the compiler."""
 
