@@ -59,7 +59,7 @@ def linear_wgrad(
 def gate_gradient(
     gradient: Tensor, weight: Tensor, mask: Tensor, probes: Tensor, block: tuple[int, int]
 ) -> tuple[Tensor, Tensor]:
-    """What of a dense gradient `[N, K]` is the gated weight's (itself where all is), and the signals: `linear_wgrad`."""
+    """What of a dense gradient `[N, K]` is the gated weight's (itself where all is), and the signals."""
     blocks = mask.numel()
     probed = torch.zeros(blocks + 1, dtype=torch.bool, device=mask.device)
     probed[torch.where(probes >= 0, probes, blocks).long()] = True  # padding lands in a place past the end
