@@ -244,6 +244,35 @@ void strip(const Call& c, const List& list, int64_t f, int at, const float* x, c
   }
 }
 
+// ---- output blocks that sum over nothing ---------------------------------------------------------------------------
+
+// What every row of a block has that sums over nothing: its bias, and what the activation makes of it.
+struct alignas(64) Constant { x_t y[OUT], z[OUT]; };
+
+void set_constant(const List& list, Constant& constant) {
+  for (int o = 0; o < OUT; o += Narrow::lanes) {
+    const Narrow::f bias = load<Narrow>(list.bias + o);
+    store<Narrow>(constant.z + o, bias);
+    store<Narrow>(constant.y + o, activate<Narrow>(bias));
+  }
+}
+
+// Row by row, so that writes go through memory in order.
+void fill(const Call& c, const List* lists, const Constant* constants, int64_t count, const Tile& tile) {
+  for (int64_t f = 0; f < c.g.phases; ++f)
+    for (int64_t row = 0; row < tile.phase[f].count; ++row)
+      for (int64_t l = 0; l < count; ++l) {
+        const int64_t at = tile.phase[f].to[row] + lists[l].column;
+        if (lists[l].width == OUT) {
+          std::memcpy(c.y + at, constants[l].y, sizeof constants[l].y);
+          if (KEEPS_Z) std::memcpy(c.z + at, constants[l].z, sizeof constants[l].z);
+        } else {
+          std::memcpy(c.y + at, constants[l].y, lists[l].width * sizeof(x_t));
+          if (KEEPS_Z) std::memcpy(c.z + at, constants[l].z, lists[l].width * sizeof(x_t));
+        }
+      }
+}
+
 // ---- the plan ------------------------------------------------------------------------------------------------------
 
 bool lie_in_order(const Geometry& g, int64_t w_tap) {
@@ -292,7 +321,7 @@ void set_lists(const Call& c, int64_t outputs, bool shared, const float* bias, c
 extern "C" int64_t scratch_bytes(const Geometry* g, int64_t groups, int64_t outputs, int64_t inputs,
                                  int64_t tile_bytes, int threads) {
   const Plan p(*g, groups, outputs, inputs, tile_bytes);
-  return threads * p.table_bytes + p.lists * (int64_t)sizeof(List) +
+  return threads * p.table_bytes + p.lists * (int64_t)(sizeof(List) + sizeof(Constant)) +
          4 * (p.packed_floats + threads * p.tile_floats + p.lists * OUT + p.tiles.count + 1);
 }
 
@@ -305,7 +334,8 @@ extern "C" void run(const Geometry* geometry, const x_t* x, const w_t* weight, i
                     int64_t tile_bytes, int threads, char* scratch) {
   const Plan p(*geometry, groups, outputs, inputs, tile_bytes);
   List* const lists = (List*)(scratch + threads * p.table_bytes);
-  float* const packed = (float*)(lists + p.lists);
+  Constant* const constants = (Constant*)(lists + p.lists);
+  float* const packed = (float*)(constants + p.lists);
   float* const tile_buffers = packed + p.packed_floats;
   float* const whole_bias = tile_buffers + threads * p.tile_floats;
   int32_t* const next_turn = (int32_t*)(whole_bias + p.lists * OUT);
@@ -314,11 +344,14 @@ extern "C" void run(const Geometry* geometry, const x_t* x, const w_t* weight, i
                   shared ? groups * inputs : inputs, lie_in_order(*geometry, w_tap), packed, p.pixel_stride};
   set_lists(c, outputs, shared, bias, offsets, order, lists, whole_bias);
   std::fill(next_turn, next_tile + 1, 0);
+  int64_t live = p.lists;  // the longest lists come first, those that are empty last
+  for (; live > 0 && lists[live - 1].length == 0; --live) set_constant(lists[live - 1], constants[live - 1]);
+  const int64_t sums = live * geometry->phases, turns = sums + (live < p.lists);
 
 #pragma omp parallel num_threads(threads)
   {
 #pragma omp for schedule(dynamic, 1)
-    for (int64_t i = 0; i < p.lists; ++i) pack_list(c, lists[i]);
+    for (int64_t i = 0; i < live; ++i) pack_list(c, lists[i]);
 
     int64_t held = -1;  // the tile that this thread's buffer and tables hold
     float* const tile_x = tile_buffers + omp_get_thread_num() * p.tile_floats;
@@ -326,12 +359,16 @@ extern "C" void run(const Geometry* geometry, const x_t* x, const w_t* weight, i
     auto work_on = [&](int64_t i) {
       for (;;) {
         const int64_t turn = __atomic_fetch_add(&next_turn[i], 1, __ATOMIC_RELAXED);
-        if (turn >= p.lists * geometry->phases) return;
+        if (turn >= turns) return;
         if (held != i) {
           tile.set(p.tiles, i, p.pixel_stride);
           pack_x(c, tile, tile_x);
         }
         held = i;
+        if (turn == sums) {
+          fill(c, lists + live, constants + live, p.lists - live, tile);
+          continue;
+        }
         const List& list = lists[turn / geometry->phases];
         const int64_t phase = turn % geometry->phases;
 $CALLS
