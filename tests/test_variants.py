@@ -139,6 +139,8 @@ def test_merged_blocks_divide_neither_a_group_nor_a_small_weight():
     # 24 rows in a group
     assert variants.candidates(gate, "forward", 2) == [BLOCK_SPARSE, DENSE, Variant("coarse", (1, 2))]
     assert variants.candidates(gate, "wgrad", 2) == [BLOCK_SPARSE, DENSE]
+    volume = torch.nn.Conv3d(64, 48, 3)
+    assert variants.candidates(cc.gates(volume, (8, 8))["weight"], "wgrad", 1) == [BLOCK_SPARSE]
     gate = cc.gates(torch.nn.Linear(64, 64), 32)["weight"]
     assert {variant.block(gate.block) for variant in variants.candidates(gate, "forward", 1)} >= {(64, 64), (32, 64)}
     gate = cc.gates(torch.nn.Linear(512, 512), 64)["weight"]
