@@ -6,9 +6,9 @@ input gradient the block rows of each block column. The sums of a few rows by a 
 registers over the whole list.
 
 The plan of one call: pack the listed blocks of the weight, in the order in which they will be read; then tiles of rows,
-each with inputs small enough for the second-level cache, run over all lists and phases. A thread takes a tile for
-itself as long as there are tiles, then helps with what is left of the others, so that neither few rows nor unequal
-lists leave one idle.
+each with inputs small enough for the second-level cache, run over all lists and phases, and over what sums over nothing
+at the end, at once. A thread takes a tile for itself as long as there are tiles, then helps with what is left of the
+others, so that neither few rows nor unequal lists leave one idle.
 """
 
 import torch

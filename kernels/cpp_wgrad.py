@@ -165,7 +165,7 @@ void clear_row(const int32_t* list, int length, int64_t r, int64_t columns, cons
 // ---- the plan ------------------------------------------------------------------------------------------------------
 
 constexpr int64_t BLOCK_BYTES = 4 * OUT * IN;
-constexpr int64_t AT_ONCE = 32;  // rows that are packed together: as many streams as the hardware prefetches
+constexpr int64_t AT_ONCE = 32;  // rows that are packed together; fewer were slower
 
 // The grid is cut into chunks, each group's alike, and the rows into slices, so that all threads have tasks enough; of
 // the cuts that give as many, into that which moves the fewest bytes: what is packed for each chunk, and the sums,
