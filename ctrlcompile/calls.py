@@ -57,9 +57,10 @@ def observe(observer: Observer) -> Iterator[None]:
 
 
 def named(op: str, arguments: tuple[Any, ...]) -> dict[str, Any]:
-    """The arguments of a call by the names in the operator's schema."""
+    """The arguments of a call by the names in the operator's schema; PyTorch leaves out what is the default."""
     schema = getattr(torch.ops.ctrlprune, op).default._schema
-    return {argument.name: value for argument, value in zip(schema.arguments, arguments, strict=True)}
+    given = {argument.name: value for argument, value in zip(schema.arguments, arguments, strict=False)}
+    return {argument.name: given.get(argument.name, argument.default_value) for argument in schema.arguments}
 
 
 def gate_of(arguments: Mapping[str, Any]) -> Gate | None:

@@ -22,7 +22,9 @@ from ctrlcompile.blocks import Block
 from ctrlcompile.gate import registry
 from ctrlcompile.kernels import index_lists, isa
 from ctrlcompile.kernels.build import KernelBuildError
+from ctrlcompile.kernels.cpp_rows import backward
 from ctrlcompile.kernels.index_lists import BlockLists
+from ctrlcompile.kernels.reference import DIFFERENTIATED
 from ctrlcompile.kernels.window import Window, channels_last
 
 
@@ -64,20 +66,25 @@ def forward(
     if window is not None and family_of(window, weight.shape[2:]) is LINEAR:
         y, z = forward(_rows(x), weight.flatten(1), bias, lists, block, activation)
         return _image(y, x), _image(z, x) if z.dim() == y.dim() else z
-    arguments = (x, weight, bias, lists, block, activation)
+    arguments = (x, weight, bias, lists, block, activation, *(() if window is None else (window,)))
     result: tuple[Tensor, Tensor] = _compute("forward", arguments, weight, lists, block, window, activation)
     return result
 
 
 def dgrad(
     grad_z: Tensor, weight: Tensor, lists: BlockLists, block: Block, window: Window | None = None,
-    input_size: tuple[int, ...] = (),
+    input_size: tuple[int, ...] = (), z: Tensor | None = None, activation: str = "none",
 ) -> Tensor:  # fmt: skip
-    """`reference.linear_dgrad` or `reference.conv_dgrad` likewise; grad_z `[M, N]` or `[N, O, *out]` channels-last."""
+    """`reference.linear_dgrad` or `reference.conv_dgrad` likewise; grad_z `[M, N]` or `[N, O, *out]` channels-last.
+
+    z lies as what is returned.
+    """
     if window is not None and family_of(window, weight.shape[2:]) is LINEAR:
-        return _image(dgrad(_rows(grad_z), weight.flatten(1), lists, block), grad_z)
-    arguments = (grad_z, weight, lists, block)
-    result: Tensor = _compute("dgrad", arguments, weight, lists, block, window, input_size=input_size)
+        z = None if z is None else _rows(z)
+        return _image(dgrad(_rows(grad_z), weight.flatten(1), lists, block, z=z, activation=activation), grad_z)
+    arguments = (grad_z, weight, lists, block, *(() if window is None else (window, input_size)), z, activation)
+    last = "none" if z is None else backward(activation)
+    result: Tensor = _compute("dgrad", arguments, weight, lists, block, window, last, input_size)
     return result
 
 
@@ -89,7 +96,7 @@ def wgrad(
     if window is not None and family_of(window, weight.shape[2:]) is LINEAR:
         gradient, signals = wgrad(_rows(grad_z), _rows(x), weight.flatten(1), lists, probes, block)
         return gradient.view(weight.shape), signals
-    arguments = (grad_z, x, weight, lists, probes, block)
+    arguments = (grad_z, x, weight, lists, probes, block, *(() if window is None else (window,)))
     result: tuple[Tensor, Tensor] = _compute("wgrad", arguments, weight, lists, block, window)
     return result
 
@@ -174,11 +181,9 @@ def _image(rows: Tensor, like: Tensor) -> Tensor:
 
 def _compute(
     role: str, arguments: tuple[Any, ...], weight: Tensor, lists: BlockLists, block: Block, window: Window | None,
-    activation: str = "none", input_size: tuple[int, ...] | None = None,
+    activation: str = "none", input_size: tuple[int, ...] = (),
 ) -> Any:  # fmt: skip
     family, moving = family_of(window, weight.shape[2:]), arguments[0]
-    if window is not None:
-        arguments = (*arguments, window) if input_size is None else (*arguments, window, input_size)
     try:
         size = input_size or tuple(arguments[role == "wgrad"].shape[2:])
         if (kernel := _kernel(role, moving, weight, lists, block, activation, window, size)) is not None:
@@ -270,6 +275,8 @@ def _try(types: Types) -> None:
     x = torch.ones(1, block[1], *size, dtype=x_dtype, device=device)
     x = channels_last(x) if size else x
     weight = torch.ones(*block, *size, dtype=weight_dtype, device=device)
-    y, _ = kernel.forward(x, weight, None, lists, block, activation, *window)
-    kernel.dgrad(y, weight, lists, block, *window, *(size for _ in window))
+    backwards = {backward(name): name for name in DIFFERENTIATED}
+    after = (x, backwards[activation]) if activation in backwards else (None, "none")
+    y, _ = kernel.forward(x, weight, None, lists, block, "none" if activation in backwards else activation, *window)
+    kernel.dgrad(y, weight, lists, block, *window, *(size for _ in window), *after)
     kernel.wgrad(y, x, weight, lists, probes, block, *window)

@@ -35,11 +35,17 @@ def _linear(
     return y.view(shape), z.view(shape) if saves_z(activation) else x.new_empty(0)
 
 
-def _linear_dgrad(grad: Tensor, weight: Tensor, tensors: Sequence[Tensor], block_out: int, block_in: int) -> Tensor:
+def _linear_dgrad(
+    grad: Tensor, weight: Tensor, tensors: Sequence[Tensor], block_out: int, block_in: int, z: Tensor | None = None,
+    activation: str = "none",
+) -> Tensor:  # fmt: skip
     lists, block = _lists(tensors, weight, (block_out, block_in)), (block_out, block_in)
     _check_rows(grad, weight.shape[0], weight)
-    grad_x = kernel_choice.dgrad(_rows(grad), weight, lists, block)
-    return grad_x.view(*grad.shape[:-1], weight.shape[1])
+    shape = (*grad.shape[:-1], weight.shape[1])
+    if z is not None:
+        _check_z(z, activation, shape, grad)
+        z = z.contiguous().view(-1, weight.shape[1])
+    return kernel_choice.dgrad(_rows(grad), weight, lists, block, z=z, activation=activation).view(shape)
 
 
 def _linear_wgrad(
@@ -91,12 +97,17 @@ def _conv(
 
 def _conv_dgrad(
     grad: Tensor, weight: Tensor, tensors: Sequence[Tensor], block_out: int, block_in: int, input_size: Sequence[int],
-    *moves: Any,
+    stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int], groups: int, z: Tensor | None = None,
+    activation: str = "none",
 ) -> Tensor:  # fmt: skip
-    lists, block, window = _lists(tensors, weight, (block_out, block_in)), (block_out, block_in), Window.of(*moves)
-    _check_gradient(grad, (grad.shape[0], weight.shape[1] * window.groups, *input_size), weight, window)
+    lists, block = _lists(tensors, weight, (block_out, block_in)), (block_out, block_in)
+    window, shape = Window.of(stride, padding, dilation, groups), (grad.shape[0], weight.shape[1] * groups, *input_size)
+    _check_gradient(grad, shape, weight, window)
     _check_groups(weight, block, window)
-    return kernel_choice.dgrad(channels_last(grad), weight, lists, block, window, tuple(input_size))
+    if z is not None:
+        _check_z(z, activation, shape, grad)
+        z = channels_last(z)
+    return kernel_choice.dgrad(channels_last(grad), weight, lists, block, window, tuple(input_size), z, activation)
 
 
 def _conv_wgrad(
@@ -107,6 +118,12 @@ def _conv_wgrad(
     _check_gradient(grad, x.shape, weight, window)
     _check_groups(weight, block, window)
     return kernel_choice.wgrad(channels_last(grad), channels_last(x), weight, lists, probes, block, window)
+
+
+def activation_backward(grad: Tensor, z: Tensor, activation: str) -> Tensor:
+    """Gradient with respect to z, where no input gradient ends with it."""
+    _check_z(z, activation, grad.shape, grad)
+    return reference.differentiate(grad, z, activation, torch.empty_like(grad))
 
 
 IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {
@@ -172,6 +189,13 @@ def _check_gradient(grad: Tensor, x: Sequence[int], weight: Tensor, window: Wind
     expected = (x[0], weight.shape[0], *_checked_window(tuple(x), weight.shape, window))
     if tuple(grad.shape) != expected:
         raise ValueError(f"the gradient of what comes out has shape {expected}; got {tuple(grad.shape)}")
+
+
+def _check_z(z: Tensor, activation: str, shape: Sequence[int], grad: Tensor) -> None:
+    if tuple(z.shape) != tuple(shape) or z.dtype != grad.dtype:
+        raise ValueError(f"z is {grad.dtype} of shape {tuple(shape)}; got {z.dtype} of shape {tuple(z.shape)}")
+    if activation not in reference.DIFFERENTIATED:
+        raise ValueError(f"activation is one of {reference.DIFFERENTIATED} where z is given; got {activation!r}")
 
 
 def _check_groups(weight: Tensor, block: tuple[int, int], window: Window) -> None:

@@ -27,11 +27,14 @@ _library = torch.library.Library("ctrlprune", "DEF")
 _LISTS = "Tensor[] lists, Tensor probes"
 _GATED = f"{_LISTS}, int block_out, int block_in"
 _TRANSPOSED = f"{_LISTS}, int block_in, int block_out"
+_BEFORE = 'Tensor? z=None, str activation="none"'  # of the layer whose output the input is: the gradient is z's
 _WINDOW = "int[] stride, int[] padding, int[] dilation, int groups"
 _library.define(
     f"linear(Tensor x, Tensor weight, Tensor? bias, Tensor signals, {_GATED}, str activation) -> (Tensor y, Tensor z)"
 )
-_library.define("linear_dgrad(Tensor grad, Tensor weight, Tensor[] lists, int block_out, int block_in) -> Tensor")
+_library.define(
+    f"linear_dgrad(Tensor grad, Tensor weight, Tensor[] lists, int block_out, int block_in, {_BEFORE}) -> Tensor"
+)
 _library.define(f"linear_wgrad(Tensor grad, Tensor x, Tensor weight, {_GATED}) -> (Tensor grad_weight, Tensor signals)")
 _library.define(f"matmul(Tensor x, Tensor weight, Tensor signals, {_TRANSPOSED}) -> Tensor")
 _library.define("matmul_dgrad(Tensor grad, Tensor weight, Tensor[] lists, int block_in, int block_out) -> Tensor")
@@ -45,11 +48,12 @@ _library.define(
 )
 _library.define(
     "conv_dgrad(Tensor grad, Tensor weight, Tensor[] lists, int block_out, int block_in, SymInt[] input_size, "
-    f"{_WINDOW}) -> Tensor"
+    f"{_WINDOW}, {_BEFORE}) -> Tensor"
 )
 _library.define(
     f"conv_wgrad(Tensor grad, Tensor x, Tensor weight, {_GATED}, {_WINDOW}) -> (Tensor grad_weight, Tensor signals)"
 )
+_library.define("activation_backward(Tensor grad, Tensor z, str activation) -> Tensor")
 
 linear = torch.ops.ctrlprune.linear
 linear_dgrad = torch.ops.ctrlprune.linear_dgrad
@@ -60,6 +64,7 @@ matmul_wgrad = torch.ops.ctrlprune.matmul_wgrad
 conv = torch.ops.ctrlprune.conv
 conv_dgrad = torch.ops.ctrlprune.conv_dgrad
 conv_wgrad = torch.ops.ctrlprune.conv_wgrad
+activation_backward = torch.ops.ctrlprune.activation_backward
 
 ACTIVATIONS = op_calls.ACTIVATIONS
 ACTIVATION_POSITION = 8  # among the arguments of linear and of conv
@@ -86,7 +91,7 @@ def _(x, weight, bias, signals, lists, probes, block_out, block_in, activation):
 
 
 @torch.library.register_fake("ctrlprune::linear_dgrad", lib=_library)
-def _(grad, weight, lists, block_out, block_in):  # type: ignore[no-untyped-def]
+def _(grad, weight, lists, block_out, block_in, z=None, activation="none"):  # type: ignore[no-untyped-def]
     return grad.new_empty(*grad.shape[:-1], weight.shape[1])
 
 
@@ -110,7 +115,7 @@ def _(x, weight, bias, signals, lists, probes, block_out, block_in, activation, 
 
 
 @torch.library.register_fake("ctrlprune::conv_dgrad", lib=_library)
-def _(grad, weight, lists, block_out, block_in, input_size, stride, padding, dilation, groups):  # type: ignore[no-untyped-def]
+def _(grad, weight, lists, block_out, block_in, input_size, stride, padding, dilation, groups, *_):  # type: ignore[no-untyped-def]
     return _image(grad, weight.shape[1] * groups, input_size)
 
 
@@ -119,6 +124,11 @@ def _(grad, weight, lists, block_out, block_in, input_size, stride, padding, dil
 @torch.library.register_fake("ctrlprune::conv_wgrad", lib=_library)
 def _(grad, x, weight, lists, *_):  # type: ignore[no-untyped-def]
     return weight.new_empty(weight.shape), weight.new_empty((2, *BlockLists(*lists).grid), dtype=torch.float32)
+
+
+@torch.library.register_fake("ctrlprune::activation_backward", lib=_library)
+def _(grad, z, activation):  # type: ignore[no-untyped-def]
+    return torch.empty_like(grad)
 
 
 def _image(like: Tensor, channels: int, size: Sequence[int]) -> Tensor:
@@ -152,8 +162,7 @@ def _backward(ctx: Any, grad_y: Tensor | None, _grad_z: None) -> tuple[Any, ...]
     elif ctx.activation == "relu":
         grad = torch.ops.aten.threshold_backward(grad_y, kept[0], 0)
     else:
-        approximate = "tanh" if ctx.activation == "gelu_tanh" else "none"
-        grad = torch.ops.aten.gelu_backward(grad_y, kept[0], approximate=approximate)
+        grad = activation_backward(grad_y, kept[0], ctx.activation)  # an operator that `fuse_derivative` can find
     needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
     grad_x = grad_weight = grad_signals = grad_bias = None
     if ctx.moves:
@@ -207,6 +216,8 @@ def _autocast(op: Callable[..., Any], device: str) -> Callable[..., Any]:
     return cast
 
 
+for _key in ("CPU", "CUDA"):
+    _library.impl("activation_backward", op_calls.activation_backward, _key)
 for _name, _implementation in op_calls.IMPLEMENTATIONS.items():
     for _key in ("CPU", "CUDA"):
         _library.impl(_name, visible(_name, _implementation), _key)
@@ -261,7 +272,7 @@ def _(x, weight, bias, signals, lists, probes, block_out, block_in, activation, 
 
 
 @register_flop_formula([linear_dgrad, conv_dgrad], get_raw=True)
-def _(grad, weight, lists, block_out, block_in, *moves, **_) -> int:  # type: ignore[no-untyped-def]
+def _(grad, weight, lists, block_out, block_in, *_, **__) -> int:  # type: ignore[no-untyped-def]
     return _product_flops(grad.numel() // weight.shape[0], weight, lists, None, (block_out, block_in))
 
 

@@ -25,6 +25,7 @@ from torch import Tensor
 from ctrlcompile.blocks import LARGEST_SIDE, Block, no_room
 from ctrlcompile.gate import Gate
 from ctrlcompile.kernels import compact, index_lists
+from ctrlcompile.kernels.cpp_rows import backward
 from ctrlcompile.kernels.index_lists import BlockLists
 
 ROLES = ("forward", "dgrad", "wgrad")
@@ -171,7 +172,7 @@ def compute(role: str, arguments: tuple[Any, ...], gate: Gate, table: Table, spa
     variant, at = node.variant, _LISTS.get(role, 0)
     moving, weight = arguments[0], arguments[_WEIGHT[role]]
     if recorded or variant.kind == "coarse":
-        types = Types(moving.dtype, weight.dtype, arguments[at + 2] if role == "forward" else "none")
+        types = Types(moving.dtype, weight.dtype, _last(role, arguments))
         if variant.kind == "coarse" and (variant, types) not in node.ready:
             variant = BLOCK_SPARSE  # called with other types than before: building now would stall the step
     if variant == COMPACT and not gate.active:
@@ -214,6 +215,14 @@ class _Recording:
 
 _recording = _Recording()
 _tables: weakref.WeakKeyDictionary[Gate, Table] = weakref.WeakKeyDictionary()
+
+
+def _last(role: str, arguments: tuple[Any, ...]) -> str:
+    """What the kernel of a call does with its sums, as `cpp_rows.source` calls it."""
+    if role == "dgrad":
+        *_, z, activation = arguments
+        return "none" if z is None else backward(activation)
+    return str(arguments[_LISTS["forward"] + 2]) if role == "forward" else "none"
 
 
 def _merged(gate: Gate, variant: Variant) -> Tensor:

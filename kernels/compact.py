@@ -48,8 +48,10 @@ def forward(
 
 
 def dgrad(dense: Any, live: Live, grad: Tensor, weight: Tensor, *rest: Any) -> Tensor:
-    """As `dense.dgrad`; a dead input has no gradient."""
-    found = dense.dgrad(grad.index_select(1, live.outputs), _live(weight, live).to(grad.dtype), *rest)
+    """As `dense.dgrad`, whose z and activation come last; a dead input has no gradient."""
+    *others, z, activation = rest
+    after = (None if z is None else z.index_select(1, live.inputs), activation)
+    found = dense.dgrad(grad.index_select(1, live.outputs), _live(weight, live).to(grad.dtype), *others, *after)
     return _spread(found, live.inputs, grad.new_zeros(weight.shape[1]))
 
 

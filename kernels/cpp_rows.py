@@ -15,12 +15,20 @@ import torch
 
 from . import cpp_vectors, cpp_window
 from .isa import Isa, panels
+from .reference import DIFFERENTIATED
 
 
 def source(
     isa: Isa, outputs: int, inputs: int, x_dtype: torch.dtype, weight_dtype: torch.dtype, activation: str
 ) -> str:
-    """C++ for blocks of `outputs` x `inputs` (sides along the output's and the input's columns)."""
+    """C++ for blocks of `outputs` x `inputs` (sides along the output's and the input's columns).
+
+    `activation` is one of `reference.ACTIVATIONS`, or what `backward` makes of one of `reference.DIFFERENTIATED`: then
+    sums are gradients of that activation's outputs, and multiplied by its slope at the z that is given.
+    """
+    last = cpp_vectors.activation("none" if activation.endswith(_BACKWARD) else activation)
+    if activation.endswith(_BACKWARD):
+        last += cpp_vectors.slope(activation.removesuffix(_BACKWARD))
     strips = panels(outputs, isa)
     calls = "\n".join(
         f"        strip<v{s.lanes}, {s.vectors}, {s.rows}>(c, list, phase, {s.first}, tile_x, tile);" for s in strips
@@ -31,18 +39,28 @@ def source(
         f"{x_dtype} x {weight_dtype}, activation {activation}, {isa.name}.\n"
         "// Generated; kept beside the library for whoever wants to read it.\n"
         + cpp_vectors.prelude(isa)
-        + cpp_vectors.activation(activation)
+        + last
         + cpp_window.GEOMETRY
         + f"""
 typedef {cpp_vectors.SCALARS[str(x_dtype)]} x_t;
 typedef {cpp_vectors.SCALARS[str(weight_dtype)]} w_t;
 constexpr int OUT = {outputs}, IN = {inputs}, GRAIN = {strips[0].rows};
-constexpr bool KEEPS_Z = {str(activation.startswith("gelu")).lower()};
+constexpr bool KEEPS_Z = {_cpp(activation in DIFFERENTIATED)}, TAKES_Z = {_cpp(activation.endswith(_BACKWARD))};
 """
         + _BODY.replace("$CALLS", calls).replace("$PACKS", packs)
     )
 
 
+def backward(activation: str) -> str:
+    """What `source` calls the backward pass of an activation."""
+    return activation + _BACKWARD
+
+
+def _cpp(value: bool) -> str:
+    return str(value).lower()
+
+
+_BACKWARD = "_backward"
 _BODY = """
 // An output block, and the input blocks that it sums over.
 struct alignas(64) List {
@@ -156,6 +174,14 @@ $PACKS
 
 // ---- the inner kernel ----------------------------------------------------------------------------------------------
 
+template <class V> typename V::f slope(typename V::f z);  // of the activation before this layer
+
+// Multiplied by the slope at z where that is given.
+template <class V> INLINE typename V::f with_slope(typename V::f sum, const x_t* z) {
+  if constexpr (TAKES_Z) return sum * slope<V>(load<V>(z));
+  return sum;
+}
+
 // Stores z where it is wanted, and y, of `width` columns.
 template <class V, int VECTORS, int ROWS>
 INLINE void finish(const Call& c, const int64_t* to, int64_t column, int64_t width,
@@ -166,17 +192,19 @@ INLINE void finish(const Call& c, const int64_t* to, int64_t column, int64_t wid
       UNROLL for (int v = 0; v < VECTORS; ++v) {
         const int64_t at = to[i] + column + v * V::lanes;
         if (KEEPS_Z) store<V>(c.z + at, acc[i][v]);
-        store<V>(c.y + at, activate<V>(acc[i][v]));
+        store<V>(c.y + at, activate<V>(with_slope<V>(acc[i][v], c.z + at)));
       }
   } else {
     UNROLL for (int i = 0; i < ROWS; ++i) {
-      x_t whole[2][WIDTH];
+      x_t y[WIDTH], z[WIDTH] = {};
+      x_t* const given = c.z + to[i] + column;
+      if (TAKES_Z) std::memcpy(z, given, width * sizeof(x_t));
       UNROLL for (int v = 0; v < VECTORS; ++v) {
-        store<V>(whole[0] + v * V::lanes, activate<V>(acc[i][v]));
-        store<V>(whole[1] + v * V::lanes, acc[i][v]);
+        store<V>(y + v * V::lanes, activate<V>(with_slope<V>(acc[i][v], z + v * V::lanes)));
+        if (KEEPS_Z) store<V>(z + v * V::lanes, acc[i][v]);
       }
-      std::memcpy(c.y + to[i] + column, whole[0], width * sizeof(x_t));
-      if (KEEPS_Z) std::memcpy(c.z + to[i] + column, whole[1], width * sizeof(x_t));
+      std::memcpy(c.y + to[i] + column, y, width * sizeof(x_t));
+      if (KEEPS_Z) std::memcpy(given, z, width * sizeof(x_t));
     }
   }
 }
@@ -208,7 +236,7 @@ __attribute__((noinline)) void kernel(const Call& c, const List& list, const Pha
     for (const int last = std::min(ROWS, fetched + fetch); fetched < last; ++fetched)
       UNROLL for (int v = 0; v < WIDTH; v += 64 / sizeof(x_t)) {
         __builtin_prefetch(c.y + to[fetched] + column + v, 1);
-        if (KEEPS_Z) __builtin_prefetch(c.z + to[fetched] + column + v, 1);
+        if (KEEPS_Z || TAKES_Z) __builtin_prefetch(c.z + to[fetched] + column + v, KEEPS_Z);
       }
     // Twice, not more: instructions whose offsets fit a byte are fetched as fast as they execute.
     UNROLL_TWICE for (int k = 0; k < IN; ++k, w += WIDTH) {
@@ -246,7 +274,8 @@ void strip(const Call& c, const List& list, int64_t f, int at, const float* x, c
 
 // ---- output blocks that sum over nothing ---------------------------------------------------------------------------
 
-// What every row of a block has that sums over nothing: its bias, and what the activation makes of it.
+// What every row of a block has that sums over nothing: its bias, and what the activation makes of it. A gradient that
+// is zero stays so, whatever the slope.
 struct alignas(64) Constant { x_t y[OUT], z[OUT]; };
 
 void set_constant(const List& list, Constant& constant) {

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from . import cpp_window, cpu_product
 from .build import KernelBuildError as KernelBuildError
+from .cpp_rows import backward
 from .cpp_window import Phase, Size, Taps
 from .cpu_product import Block
 from .cpu_product import sources as sources
@@ -43,16 +44,23 @@ def forward(
     return y, z
 
 
-def dgrad(grad_z: Tensor, weight: Tensor, lists: BlockLists, block: Block, window: Window, input_size: Size) -> Tensor:
-    """Gradient with respect to the input, `reference.conv_dgrad`: grad_z `[N, O, *out]` -> `[N, I, *input_size]`."""
+def dgrad(
+    grad_z: Tensor, weight: Tensor, lists: BlockLists, block: Block, window: Window, input_size: Size,
+    z: Tensor | None = None, activation: str = "none",
+) -> Tensor:  # fmt: skip
+    """Gradient with respect to the input, `reference.conv_dgrad`: grad_z `[N, O, *out]` -> `[N, I, *input_size]`.
+
+    z, of the layer before this one, has the shape and the dtype of what is returned, and is channels-last.
+    """
     grad_z = channels_last(grad_z)
     grad_x = _empty(grad_z, weight.shape[1] * window.groups, input_size)
     if grad_x.numel():
         by_columns = lists.ccol_indices, lists.row_indices, lists.column_order
-        transposed, none = weight.flatten(2).transpose(0, 1), grad_z.new_empty(0)
+        transposed = weight.flatten(2).transpose(0, 1)
+        last, z = ("none", grad_x) if z is None else (backward(activation), z)
         cpu_product.rows(
-            _transposed_geometry(grad_z, grad_x, weight, window), grad_z, transposed, None, by_columns, grad_x, none,
-            (block[1], block[0]), "none", window.groups, shared=True,
+            _transposed_geometry(grad_z, grad_x, weight, window), grad_z, transposed, None, by_columns, grad_x, z,
+            (block[1], block[0]), last, window.groups, shared=True,
         )  # fmt: skip
     return grad_x
 

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from . import cpp_window, cpu_product
 from .build import KernelBuildError as KernelBuildError
+from .cpp_rows import backward
 from .cpu_product import Block, Geometry
 from .cpu_product import sources as sources
 from .cpu_product import supported as supported
@@ -30,13 +31,19 @@ def forward(
     return y, z
 
 
-def dgrad(grad_z: Tensor, weight: Tensor, lists: BlockLists, block: Block) -> Tensor:
-    """Gradient with respect to the input, `reference.linear_dgrad`: grad_z `[M, N]`, weight `[N, K]` -> `[M, K]`."""
+def dgrad(
+    grad_z: Tensor, weight: Tensor, lists: BlockLists, block: Block, z: Tensor | None = None, activation: str = "none"
+) -> Tensor:
+    """Gradient with respect to the input, `reference.linear_dgrad`: grad_z `[M, N]`, weight `[N, K]` -> `[M, K]`.
+
+    z, of the layer before this one, is contiguous `[M, K]` in grad_z's dtype.
+    """
     grad_x = grad_z.new_empty(grad_z.shape[0], weight.shape[1])
     by_columns = lists.ccol_indices, lists.row_indices, lists.column_order
     if grad_x.numel():
-        geometry, sides, none = _geometry(grad_z, grad_x), (block[1], block[0]), grad_z.new_empty(0)
-        cpu_product.rows(geometry, grad_z, weight.t()[..., None], None, by_columns, grad_x, none, sides)
+        geometry, sides = _geometry(grad_z, grad_x), (block[1], block[0])
+        last, z = ("none", grad_x) if z is None else (backward(activation), z)
+        cpu_product.rows(geometry, grad_z, weight.t()[..., None], None, by_columns, grad_x, z, sides, last)
     return grad_x
 
 

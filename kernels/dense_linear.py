@@ -27,9 +27,12 @@ def forward(
     return reference.activate(z, activation), z if keeps_z else x.new_empty(0)
 
 
-def dgrad(grad_z: Tensor, weight: Tensor, lists: BlockLists, block: Block) -> Tensor:
-    """Gradient with respect to the input: grad_z `[M, N]`, weight `[N, K]` -> `[M, K]`."""
-    return grad_z @ weight
+def dgrad(
+    grad_z: Tensor, weight: Tensor, lists: BlockLists, block: Block, z: Tensor | None = None, activation: str = "none"
+) -> Tensor:
+    """Gradient with respect to the input: grad_z `[M, N]`, weight `[N, K]`, z `[M, K]` or None -> `[M, K]`."""
+    grad_x = grad_z @ weight
+    return grad_x if z is None else reference.differentiate(grad_x, z, activation)
 
 
 def wgrad(

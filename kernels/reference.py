@@ -18,6 +18,7 @@ from . import index_lists
 from .window import Window
 
 ACTIVATIONS = ("none", "relu", "gelu", "gelu_tanh")
+DIFFERENTIATED = ("gelu", "gelu_tanh")  # the activations whose backward pass an input gradient can end with
 
 
 def linear(
@@ -34,9 +35,20 @@ def linear(
     return activate(z, activation).to(x.dtype), z.to(x.dtype)
 
 
-def linear_dgrad(grad_z: Tensor, weight: Tensor, mask: Tensor, block: tuple[int, int]) -> Tensor:
-    """Gradient with respect to the input: grad_z `[M, N]`, weight `[N, K]` -> `[M, K]` in grad_z's dtype."""
-    return _rows_product(grad_z, weight.t(), mask.t(), (block[1], block[0])).to(grad_z.dtype)
+def linear_dgrad(
+    grad_z: Tensor,
+    weight: Tensor,
+    mask: Tensor,
+    block: tuple[int, int],
+    z: Tensor | None = None,
+    activation: str = "none",
+) -> Tensor:
+    """Gradient with respect to the input: grad_z `[M, N]`, weight `[N, K]` -> `[M, K]` in grad_z's dtype.
+
+    Where the input is `activation(z)`, z `[M, K]` that of another layer, this is the gradient with respect to z.
+    """
+    grad_x = _rows_product(grad_z, weight.t(), mask.t(), (block[1], block[0]))
+    return (grad_x if z is None else differentiate(grad_x, z.to(grad_x.dtype), activation)).to(grad_z.dtype)
 
 
 def linear_wgrad(
@@ -103,8 +115,13 @@ def conv_dgrad(
     block: tuple[int, int],
     window: Window,
     input_size: tuple[int, ...],
+    z: Tensor | None = None,
+    activation: str = "none",
 ) -> Tensor:
-    """Gradient with respect to the input: grad_z `[N, O, *out]` -> `[N, I, *input_size]` in grad_z's dtype."""
+    """Gradient with respect to the input: grad_z `[N, O, *out]` -> `[N, I, *input_size]` in grad_z's dtype.
+
+    With another layer's z `[N, I, *input_size]` and activation as `linear_dgrad` has it.
+    """
     wide, taps = index_lists.matrix_block(block, weight.shape), weight.shape[2:]
     rows = grad_z.movedim(1, -1).flatten(0, -2).to(_compute_dtype(grad_z)).chunk(window.groups, dim=1)
     groups = zip(rows, *(t.chunk(window.groups) for t in (weight.flatten(1), mask)), strict=True)
@@ -119,7 +136,7 @@ def conv_dgrad(
         grad_x[positions] += patches[..., index]
     for dim, (size, (before, _)) in enumerate(zip(input_size, window.padding, strict=True), 2):
         grad_x = grad_x.narrow(dim, before, size)
-    return grad_x.to(grad_z.dtype)
+    return (grad_x if z is None else differentiate(grad_x, z.to(grad_x.dtype), activation)).to(grad_z.dtype)
 
 
 def conv_wgrad(
@@ -155,6 +172,19 @@ def activate(z: Tensor, activation: str) -> Tensor:
     if activation == "gelu_tanh":
         return F.gelu(z, approximate="tanh")
     raise ValueError(f"unknown activation {activation!r}; allowed are {', '.join(ACTIVATIONS)}")
+
+
+def differentiate(grad_y: Tensor, z: Tensor, activation: str, out: Tensor | None = None) -> Tensor:
+    """Gradient with respect to z of `y = activation(z)`, for one of `DIFFERENTIATED`; in `out` where that is given.
+
+    Raises ValueError for another activation.
+    """
+    if activation not in DIFFERENTIATED:
+        raise ValueError(f"the backward pass of {activation!r} is none of {', '.join(DIFFERENTIATED)}")
+    approximate = "tanh" if activation == "gelu_tanh" else "none"
+    if out is None:
+        return torch.ops.aten.gelu_backward(grad_y, z, approximate=approximate)
+    return torch.ops.aten.gelu_backward.grad_input(grad_y, z, approximate=approximate, grad_input=out)
 
 
 def _rows_product(x: Tensor, weight: Tensor, mask: Tensor, block: tuple[int, int]) -> Tensor:

@@ -21,7 +21,7 @@ from torch import Tensor
 from . import triton_launch, triton_tune
 from .index_lists import BlockLists
 from .triton_linear import supported as supported
-from .triton_rows import Rows
+from .triton_rows import BACKWARD, Rows
 from .triton_wgrad import Wgrad
 from .window import Window
 
@@ -49,18 +49,21 @@ def forward(
     return y, z
 
 
-def dgrad(grad_z: Tensor, weight: Tensor, lists: BlockLists, block: Block, window: Window, input_size: Shape) -> Tensor:
+def dgrad(
+    grad_z: Tensor, weight: Tensor, lists: BlockLists, block: Block, window: Window, input_size: Shape,
+    z: Tensor | None = None, activation: str = "none",
+) -> Tensor:  # fmt: skip
     """Gradient with respect to the input, `reference.conv_dgrad`: grad_z `[N, O, *out]` -> `[N, I, *input_size]`.
 
-    weight `[O, I/groups, *taps]`; grad_z and the result are channels-last.
+    weight `[O, I/groups, *taps]`; grad_z, the result and the z of the layer before this one are channels-last.
     """
     shape, device = tuple(weight.shape), grad_z.device
-    kernel = _dgrad_kernel(grad_z.dtype, block, shape, window)
+    kernel = _dgrad_kernel(grad_z.dtype, block, shape, window, "none" if z is None else activation + BACKWARD)
     grad_x = _new(grad_z, weight.shape[1] * window.groups, input_size)
     sizes = _sizes("dgrad", grad_z.shape[0], input_size, shape, window)
     tile = triton_tune.choose(kernel, *sizes, False, device, input_size)
     order = (lists.ccol_indices, lists.row_indices, lists.column_order)
-    triton_launch.convolve_rows(kernel, tile, grad_z, weight, None, order, grad_x, grad_z.new_empty(0))
+    triton_launch.convolve_rows(kernel, tile, grad_z, weight, None, order, grad_x, grad_x if z is None else z)
     return grad_x
 
 
@@ -112,9 +115,9 @@ def _forward_kernel(
     return Rows(*block, True, dtype, activation, bias, partial, precision(dtype), weight[2:], window)
 
 
-def _dgrad_kernel(dtype: torch.dtype, block: Block, weight: Shape, window: Window) -> Rows:
+def _dgrad_kernel(dtype: torch.dtype, block: Block, weight: Shape, window: Window, last: str = "none") -> Rows:
     partial = weight[0] % block[0] != 0
-    return Rows(*block[::-1], False, dtype, "none", False, partial, precision(dtype), weight[2:], window)
+    return Rows(*block[::-1], False, dtype, last, False, partial, precision(dtype), weight[2:], window)
 
 
 def _wgrad_kernel(dtype: torch.dtype, block: Block, weight: Shape, window: Window) -> Wgrad:

@@ -65,8 +65,9 @@ def run_rows(
     kernel: Rows, tile: RowsTile, x: Tensor, weight: Tensor, bias: Tensor | None,
     lists: Lists, y: Tensor, z: Tensor, images: Images | None = None,
 ) -> None:  # fmt: skip
-    """Writes y, and z where it is kept; lists are offsets, indices and order. x and weight are `readable`.
+    """Writes y, and z where it is kept, or reads another layer's; lists are offsets, indices and order.
 
+    x and weight are `readable`.
     `images` tells of a convolution, whose matrices are pixels by channels, the weight `[O, taps * I/groups]`.
     """
     (rows, outputs), inputs = y.shape, x.shape[1]
@@ -144,7 +145,7 @@ def convolve_rows(
 ) -> None:
     """`run_rows` on images `[N, C, *size]`, of which y and z are channels-last, and a weight `[O, I/groups, *taps]`."""
     images = Images(x.shape[0], tuple(x.shape[2:]), tuple(y.shape[2:]))
-    x, y, z = _pixels(x), _pixels(y), _pixels(z) if kernel.keeps_z else z
+    x, y, z = _pixels(x), _pixels(y), _pixels(z) if kernel.has_z else z
     weight = weight.movedim(1, -1).contiguous().flatten(1)
     kernel = replace(kernel, wide=max(x.shape[0] * x.stride(0), y.numel()) >= _PLACES)
     run_rows(kernel, tile, x, weight, bias, lists, y, z, images)

@@ -18,7 +18,7 @@ from torch import Tensor
 from . import triton_launch, triton_rows, triton_tune
 from .build import KernelBuildError as KernelBuildError
 from .index_lists import BlockLists
-from .triton_rows import Rows
+from .triton_rows import BACKWARD, Rows
 from .triton_wgrad import Wgrad
 
 Block = tuple[int, int]
@@ -63,12 +63,17 @@ def forward(
     return y, z
 
 
-def dgrad(grad_z: Tensor, weight: Tensor, lists: BlockLists, block: Block) -> Tensor:
-    """Gradient with respect to the input, `reference.linear_dgrad`: grad_z `[M, N]`, weight `[N, K]` -> `[M, K]`."""
-    kernel = _dgrad_kernel(grad_z.dtype, block, weight.shape[0])
+def dgrad(
+    grad_z: Tensor, weight: Tensor, lists: BlockLists, block: Block, z: Tensor | None = None, activation: str = "none"
+) -> Tensor:
+    """Gradient with respect to the input, `reference.linear_dgrad`: grad_z `[M, N]`, weight `[N, K]` -> `[M, K]`.
+
+    z, of the layer before this one, is contiguous `[M, K]` in grad_z's dtype.
+    """
+    kernel = _dgrad_kernel(grad_z.dtype, block, weight.shape[0], "none" if z is None else activation + BACKWARD)
     grad_x = grad_z.new_empty(grad_z.shape[0], weight.shape[1])
     order = (lists.ccol_indices, lists.row_indices, lists.column_order)
-    _rows(kernel, grad_z, weight, None, order, grad_x, grad_z.new_empty(0))
+    _rows(kernel, grad_z, weight, None, order, grad_x, grad_x if z is None else z)
     return grad_x
 
 
@@ -106,8 +111,8 @@ def _forward_kernel(dtype: torch.dtype, block: Block, k: int, activation: str, b
     return Rows(*block, True, dtype, activation, bias, k % block[1] != 0, _precision(dtype))
 
 
-def _dgrad_kernel(dtype: torch.dtype, block: Block, n: int) -> Rows:
-    return Rows(*block[::-1], False, dtype, partial=n % block[0] != 0, precision=_precision(dtype))
+def _dgrad_kernel(dtype: torch.dtype, block: Block, n: int, last: str = "none") -> Rows:
+    return Rows(*block[::-1], False, dtype, last, partial=n % block[0] != 0, precision=_precision(dtype))
 
 
 def _rows(

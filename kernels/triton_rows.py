@@ -20,11 +20,13 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from .reference import DIFFERENTIATED
 from .triton_device import Device, shortlist
 from .triton_window import STILL, Walk
 from .window import Window
 
 DTYPES = {torch.float16: "float16", torch.bfloat16: "bfloat16", torch.float32: "float32"}
+BACKWARD = "_backward"  # ends the name of an activation whose backward pass an input gradient ends with
 _SIZES = [(16, 4), (32, 4), (64, 4), (128, 4), (128, 8), (256, 4), (256, 8)]  # rows of x, warps
 _EXPECTED_DENSITY = 0.4  # for the model that ranks tiles
 
@@ -58,7 +60,17 @@ class Rows:
     @property
     def keeps_z(self) -> bool:
         """Whether z is stored beside y: for the activations whose derivative is not known from y."""
-        return self.activation.startswith("gelu")
+        return self.activation in DIFFERENTIATED
+
+    @property
+    def has_z(self) -> bool:
+        """Whether it is given a z, to write or to read."""
+        return self.keeps_z or self.takes_z
+
+    @property
+    def takes_z(self) -> bool:
+        """Whether sums are multiplied by the slope of another layer's activation at its z."""
+        return self.activation.endswith(BACKWARD)
 
     @property
     def walk(self) -> Walk | None:
@@ -75,6 +87,7 @@ class Rows:
         """Begins the file name."""
         kind = self.walk.name if self.walk else "linear"
         role = f"forward_{self.activation}" if self.transposed else "dgrad"
+        role += f"_{self.activation}" * self.takes_z
         types = DTYPES[self.dtype] + ("_tf32" if self.precision == "tf32" else "")
         side = (self.outputs, self.inputs) if self.transposed else (self.inputs, self.outputs)
         return f"{kind}_{role}_{side[0]}x{side[1]}_{types}"

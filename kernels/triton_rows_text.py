@@ -12,7 +12,16 @@ from .triton_rows import DTYPES, Rows, RowsTile
 
 def parameters(kernel: Rows, tile: RowsTile) -> list[str]:
     """Names of what the kernel takes, in order; a tile with descriptors takes those of `x` and `weight`."""
-    given = ["x", "weight", *["bias"] * kernel.bias, "offsets", "indices", "order", "y", *["z"] * kernel.keeps_z]
+    given = [
+        "x",
+        "weight",
+        *["bias"] * kernel.bias,
+        "offsets",
+        "indices",
+        "order",
+        "y",
+        *["z"] * kernel.has_z,
+    ]
     given += kernel.walk.parameters if kernel.walk else ["m"]
     return given + ["outputs", "inputs"] + ["x_stride", "weight_stride"] * (not tile.descriptors)
 
@@ -274,6 +283,8 @@ def _store(kernel: Rows, tile: RowsTile) -> list[str]:
         "inside = (rows < m - row)[:, None] & (columns < tl.minimum(outputs, (r + 1) * BLOCK_OUT))[None, :]",
         *_entries(kernel),
     ]
+    if kernel.takes_z:
+        lines += ["z_part = tl.load(z + base + entries, mask=inside).to(tl.float32)"]
     if kernel.keeps_z:
         lines += ["tl.store(z + base + entries, acc.to(z.dtype.element_ty), mask=inside)"]
     lines += _ACTIVATIONS[kernel.activation]
@@ -298,4 +309,16 @@ _ACTIVATIONS = {
     "gelu": ["acc = 0.5 * acc * (1 + tl.erf(acc * 0.7071067811865476))"],
     # 0.5 z (1 + tanh u) with u = sqrt(2 / pi) (z + 0.044715 z^3), as z / (1 + exp(-2 u)), which loses no digits.
     "gelu_tanh": ["acc = acc / (1 + tl.exp(-1.5957691216057308 * (acc + 0.044715 * acc * acc * acc)))"],
+    # cdf(z) + z pdf(z) of the normal distribution.
+    "gelu_backward": [
+        "cdf = 0.5 * (1 + tl.erf(z_part * 0.7071067811865476))",
+        "acc *= cdf + z_part * 0.3989422804014327 * tl.exp(-0.5 * z_part * z_part)",
+    ],
+    # s + z s (1 - s) 2 du/dz with s = (1 + tanh u) / 2. Beyond 8 there is only 0 or 1, but powers may be infinite.
+    "gelu_tanh_backward": [
+        "near = tl.minimum(tl.maximum(z_part, -8.0), 8.0)",
+        "e = tl.exp(-near * (1.5957691216057308 + 0.0713548162726 * near * near))",
+        "s = 1 / (1 + e)",
+        "acc *= s + near * (1.5957691216057308 + 0.2140644488178 * near * near) * (e * s) * s",
+    ],
 }

@@ -98,6 +98,8 @@ class Product:
         moved = (self._input_entries() + m * n) * self.dtype.itemsize + weight_bytes * self._computed_share()
         if self.role == "wgrad":
             return moved + weight_bytes  # the gradient, with zeros where nothing was computed
+        if self.role == "dgrad":
+            return moved + (self._input_entries() * self.dtype.itemsize if self.arguments.get("z") is not None else 0)
         return moved + (m * n * self.dtype.itemsize if op_calls.saves_z(self._activation) else 0)
 
     def ours(self, tensors: Callable[[Layout], Tensor]) -> Callable[[], object]:
@@ -177,6 +179,6 @@ def _kept(name: str, value: Any) -> Any:
         return [tensor.detach() for tensor in value]
     if not isinstance(value, Tensor):
         return value
-    if name in ("x", "grad"):
+    if name in ("x", "grad", "z"):
         return Layout(tuple(value.shape), value.stride(), value.dtype, value.device)
     return value.detach()

@@ -1,0 +1,115 @@
+"""Graphs of the backward pass: where an activation's moves into the input gradient before it, and where not."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch._inductor import config as inductor
+from torch.utils.checkpoint import checkpoint
+
+from ctrlcompile import ops
+from ctrlcompile.passes.fuse_derivative import FuseDerivative
+
+from ..small_models import assert_like_plain, compiled_and_pruned
+
+
+class MLP(nn.Module):
+    """Two gated linears, `between` them an activation; `body` says how they are put together."""
+
+    def __init__(self, body):
+        super().__init__()
+        self.fc1, self.fc2, self._body = nn.Linear(40, 68), nn.Linear(68, 36), body
+
+    def forward(self, x):
+        return self._body(self, x)
+
+
+def plain(model, x):
+    return model.fc2(F.gelu(model.fc1(x)))
+
+
+def tanh(model, x):
+    return model.fc2(F.gelu(model.fc1(x), approximate="tanh"))
+
+
+def checkpointed(model, x):
+    return checkpoint(lambda x: plain(model, x), x, use_reentrant=False)
+
+
+def read_twice(model, x):
+    y = F.gelu(model.fc1(x))
+    return model.fc2(y) + y[..., :36]
+
+
+def relu(model, x):
+    return model.fc2(F.relu(model.fc1(x)))
+
+
+def scaled(model, x):
+    return model.fc2(F.gelu(model.fc1(x)) * torch.arange(68.0))
+
+
+@pytest.fixture
+def graphs():
+    """The nodes of all graphs that Inductor gets, after our pass."""
+    found = []
+
+    def keep(graph):
+        found.append(list(graph.nodes))
+
+    with inductor.patch(post_grad_custom_post_pass=keep, force_disable_caches=True):
+        yield found
+
+
+def fused(graphs) -> list[bool]:
+    """For each linear's input gradient in the graphs, whether it ends with an activation's."""
+    calls = [node for nodes in graphs for node in nodes if node.target is ops.linear_dgrad.default]
+    return sorted(node.kwargs.get("z") is not None for node in calls)
+
+
+@pytest.mark.parametrize(
+    ("body", "expected"),
+    [(plain, True), (tanh, True), (checkpointed, True), (read_twice, False), (relu, False), (scaled, False)],
+    ids=lambda value: getattr(value, "__name__", str(value)),
+)
+def test_it_moves_where_nobody_else_reads_the_gradient(graphs, body, expected):
+    model = MLP(body)
+    run, gates = compiled_and_pruned(model)
+    gates["fc2.weight"].update_(gates["fc2.weight"].mask.index_fill(1, torch.tensor([2]), False))  # a dead column
+    assert_like_plain(run, model, torch.randn(3, 7, 40), gates=gates)
+    assert fused(graphs) == [False, expected]
+    alone = sum(node.target is ops.activation_backward.default for nodes in graphs for node in nodes)
+    assert alone == (not expected and body is not relu)
+
+
+def test_it_is_right_for_any_batch_and_under_autocast(graphs):
+    model = MLP(plain)
+    run, gates = compiled_and_pruned(model, dynamic=True)
+    for batch in (3, 5, 9):
+        assert_like_plain(run, model, torch.randn(batch, 40), gates=gates)
+    assert any(fused(graphs))
+    graphs.clear()
+    x = torch.randn(6, 40, requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        compiled, eager = run(x).float().sum(), model(x).float().sum()
+    ours, theirs = (torch.autograd.grad(y, (x, model.fc1.bias)) for y in (compiled, eager))
+    assert any(fused(graphs))
+    for mine, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(mine, other, rtol=5e-2, atol=2e-2)
+
+
+def test_what_inductor_was_told_to_run_before_still_runs(graphs):
+    seen = []
+    model = MLP(plain)
+    run, gates = compiled_and_pruned(model)
+    with inductor.patch(post_grad_custom_pre_pass=seen.append):
+        assert_like_plain(run, model, torch.randn(3, 40), gates=gates)
+    assert len(seen) == 2
+    assert fused(graphs) == [False, True]
+
+
+def test_a_cached_graph_is_told_from_one_of_another_pass():
+    alone = FuseDerivative().uuid()
+    assert alone == FuseDerivative().uuid()
+    assert FuseDerivative(FuseDerivative()).uuid() not in (None, alone)
+    assert FuseDerivative(lambda graph: None).uuid() is None  # what cannot be told apart is not cached
