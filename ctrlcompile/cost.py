@@ -7,7 +7,7 @@ symbols of dynamic shapes stay symbols (sympy) and are bound at each call.
 
 import contextlib
 import weakref
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
 from typing import Any, TypeAlias
@@ -21,6 +21,8 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 from ctrlcompile.controller.contract import StepCost
 from ctrlcompile.controller.coupling import Coupled
 from ctrlcompile.gate import Gate
+from ctrlcompile.passes.graph_edit import argument, scopes
+from ctrlcompile.passes.skip_heads import OPERANDS, is_attention
 
 Expression: TypeAlias = int | sympy.Expr
 
@@ -66,7 +68,7 @@ class ProductCost:
 
 @dataclass(frozen=True)
 class RegionCost:
-    """FLOPs of one region: the whole of it, dense, and each gated node's part, at density 1.
+    """FLOPs of one region: the whole of it, dense, each gated node's part, at density 1, and the attentions' by node.
 
     `symbols` are the sizes that the expressions depend on, in the order in which `bind` takes their values.
     """
@@ -74,6 +76,7 @@ class RegionCost:
     dense: Expression
     products: tuple[ProductCost, ...]
     symbols: tuple[sympy.Symbol, ...] = ()
+    attentions: Mapping[str, Expression] = field(default_factory=dict)
     _bound: dict[tuple[int, ...], "BoundCost"] = field(default_factory=dict, compare=False, repr=False)
 
     def bind(self, sizes: tuple[int, ...]) -> "BoundCost":
@@ -85,7 +88,9 @@ class RegionCost:
             def number(expression: Expression) -> float:
                 return float(sympy.sympify(expression).subs(values))
 
-            bound = BoundCost(number(self.dense), tuple((number(p.total), number(p.wgrad)) for p in self.products))
+            products = tuple((number(p.total), number(p.wgrad)) for p in self.products)
+            attentions = {name: number(flops) for name, flops in self.attentions.items()}
+            bound = BoundCost(number(self.dense), products, attentions)
             self._bound[sizes] = bound
         return bound
 
@@ -96,6 +101,11 @@ class BoundCost:
 
     dense: float
     products: tuple[tuple[float, float], ...]
+    attentions: Mapping[str, float] = field(default_factory=dict)
+
+    def skipped(self, live_shares: Mapping[str, float]) -> float:
+        """What attentions, by node, save of which only a part of the heads is live."""
+        return sum((1 - share) * self.attentions[name] for name, share in live_shares.items())
 
 
 def region_flops(gm: fx.GraphModule) -> Expression:
@@ -118,6 +128,18 @@ def region_flops(gm: fx.GraphModule) -> Expression:
         if roots:
             torch.autograd.backward(roots, [torch.ones_like(root) for root in roots])
     return expression(counter.get_total_flops())
+
+
+def attention_flops(gm: fx.GraphModule) -> dict[str, Expression]:
+    """FLOPs of each attention that can skip heads, dense, by node: forward, and backward where there is one."""
+    found: dict[str, Expression] = {}
+    for scope in scopes(gm):
+        for node in filter(is_attention, scope.gm.graph.nodes):
+            values = [argument(node, at, name).meta["example_value"] for at, name in enumerate(OPERANDS)]
+            flops = sdpa_flop_count(*(value.shape for value in values))
+            passes = 3 if any(value.requires_grad for value in values) else 1
+            found[f"{scope.prefix}{node.name}"] = passes * expression(flops)
+    return found
 
 
 def symbols_of(gm: fx.GraphModule) -> tuple[tuple[sympy.Symbol, ...], tuple[int, ...]]:
@@ -169,6 +191,7 @@ class _Account:
 
     dense: float = 0.0
     used: float = 0.0
+    skipped: float = 0.0  # of attention, for heads that nobody reads
     gated: dict[Gate, float] = field(default_factory=dict)
     coupled: set[Coupled] = field(default_factory=set)
     closed: bool = False  # the optimizer step that this belongs to has been
@@ -176,6 +199,7 @@ class _Account:
     def add(self, other: "_Account") -> None:
         self.dense += other.dense
         self.used += other.used
+        self.skipped += other.skipped
         for gate, flops in other.gated.items():
             self.gated[gate] = self.gated.get(gate, 0.0) + flops
         self.coupled |= other.coupled
@@ -200,7 +224,7 @@ class Counter:
         """The cost of an optimizer step, which has just run."""
         self._account.add(self._meter.end_step(self.gates))
         account, self._account = self._account, _Account()
-        fixed = account.dense - sum(account.gated.values())
+        fixed = account.dense - account.skipped - sum(account.gated.values())
         return StepCost(account.dense, fixed, account.gated, account.used, account.coupled)
 
 
@@ -239,9 +263,15 @@ class Meter:
                 found.update(dict.fromkeys(gated))
         return list(found)
 
-    def record(self, cost: BoundCost, gates: Sequence[Gate | None], coupled: Coupled | None = None) -> None:
-        """Notes one training call of a region; `gates` are those of its layers, in order, `coupled` says how."""
-        account = _Account(cost.dense, used_flops(cost, gates), coupled=set() if coupled is None else {coupled})
+    def record(
+        self, cost: BoundCost, gates: Sequence[Gate | None], coupled: Coupled | None = None, skipped: float = 0.0
+    ) -> None:
+        """Notes one training call of a region.
+
+        `gates` are those of its layers, in order, `coupled` says how; `skipped` is what its attentions saved.
+        """
+        known = set() if coupled is None else {coupled}
+        account = _Account(cost.dense, used_flops(cost, gates) - skipped, skipped, coupled=known)
         for gate, (total, _) in zip(gates, cost.products, strict=True):
             if gate is not None:
                 account.gated[gate] = account.gated.get(gate, 0.0) + total

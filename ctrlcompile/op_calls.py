@@ -15,6 +15,7 @@ from torch import Tensor
 from ctrlcompile import kernel_choice
 from ctrlcompile.blocks import no_room
 from ctrlcompile.gate import registry
+from ctrlcompile.kernels import attention as heads
 from ctrlcompile.kernels import index_lists, reference
 from ctrlcompile.kernels.index_lists import BlockLists, grid_shape
 from ctrlcompile.kernels.window import Window, channels_last
@@ -126,6 +127,25 @@ def activation_backward(grad: Tensor, z: Tensor, activation: str) -> Tensor:
     return reference.differentiate(grad, z, activation, torch.empty_like(grad))
 
 
+def attention(
+    query: Tensor, key: Tensor, value: Tensor, live: Tensor, is_causal: bool, scale: float | None
+) -> tuple[Tensor, Tensor]:
+    """`scaled_dot_product_attention` of live heads; see `kernels.attention`."""
+    _check_heads(query, key, value, live)
+    query, key, value = map(_dense_rows, (query, key, value))
+    return heads.forward(query, key, value, live, is_causal, scale)
+
+
+def attention_backward(
+    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, sums: Tensor, live: Tensor, is_causal: bool,
+    scale: float | None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """The gradients of query, key and value."""
+    _check_heads(query, key, value, live)
+    grad, query, key, value = map(_dense_rows, (grad, query, key, value))
+    return heads.backward(grad, query, key, value, out, sums, live, is_causal, scale)
+
+
 IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {
     "linear": _linear,
     "linear_dgrad": _linear_dgrad,
@@ -196,6 +216,19 @@ def _check_z(z: Tensor, activation: str, shape: Sequence[int], grad: Tensor) -> 
         raise ValueError(f"z is {grad.dtype} of shape {tuple(shape)}; got {z.dtype} of shape {tuple(z.shape)}")
     if activation not in reference.DIFFERENTIATED:
         raise ValueError(f"activation is one of {reference.DIFFERENTIATED} where z is given; got {activation!r}")
+
+
+def _check_heads(query: Tensor, key: Tensor, value: Tensor, live: Tensor) -> None:
+    sizes = {(tensor.dim(), tensor.shape[:2], tensor.shape[-1], tensor.dtype) for tensor in (query, key, value)}
+    if len(sizes) > 1 or query.dim() != 4 or key.shape != value.shape:
+        shapes = ", ".join(f"{tensor.dtype} {tuple(tensor.shape)}" for tensor in (query, key, value))
+        raise ValueError(f"query, key and value are [N, heads, length, features] of one type; got {shapes}")
+    if live.shape != query.shape[1:2] or live.dtype != torch.bool:
+        raise ValueError(f"live is bool [{query.shape[1]}]; got {live.dtype} of shape {tuple(live.shape)}")
+
+
+def _dense_rows(tensor: Tensor) -> Tensor:
+    return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
 
 
 def _check_groups(weight: Tensor, block: tuple[int, int], window: Window) -> None:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 from torch._subclasses import FakeTensor
-from torch.utils.flop_counter import register_flop_formula
+from torch.utils.flop_counter import register_flop_formula, sdpa_flop_count
 
 from ctrlcompile import op_calls
 from ctrlcompile.calls import visible
@@ -53,6 +53,12 @@ _library.define(
 _library.define(
     f"conv_wgrad(Tensor grad, Tensor x, Tensor weight, {_GATED}, {_WINDOW}) -> (Tensor grad_weight, Tensor signals)"
 )
+_HEADS = "Tensor live, bool is_causal, float? scale"  # live: a flag per head, see `kernels.attention`
+_library.define(f"attention(Tensor query, Tensor key, Tensor value, {_HEADS}) -> (Tensor out, Tensor sums)")
+_library.define(
+    f"attention_backward(Tensor grad, Tensor query, Tensor key, Tensor value, Tensor out, Tensor sums, {_HEADS})"
+    " -> (Tensor grad_query, Tensor grad_key, Tensor grad_value)"
+)
 _library.define("activation_backward(Tensor grad, Tensor z, str activation) -> Tensor")
 
 linear = torch.ops.ctrlprune.linear
@@ -65,6 +71,8 @@ conv = torch.ops.ctrlprune.conv
 conv_dgrad = torch.ops.ctrlprune.conv_dgrad
 conv_wgrad = torch.ops.ctrlprune.conv_wgrad
 activation_backward = torch.ops.ctrlprune.activation_backward
+attention = torch.ops.ctrlprune.attention
+attention_backward = torch.ops.ctrlprune.attention_backward
 
 ACTIVATIONS = op_calls.ACTIVATIONS
 ACTIVATION_POSITION = 8  # among the arguments of linear and of conv
@@ -129,6 +137,20 @@ def _(grad, x, weight, lists, *_):  # type: ignore[no-untyped-def]
 @torch.library.register_fake("ctrlprune::activation_backward", lib=_library)
 def _(grad, z, activation):  # type: ignore[no-untyped-def]
     return torch.empty_like(grad)
+
+
+@torch.library.register_fake("ctrlprune::attention", lib=_library)
+def _(query, key, value, live, is_causal, scale):  # type: ignore[no-untyped-def]
+    batch, heads, length, _ = query.shape
+    out = query.new_empty(batch, length, heads, value.shape[3]).transpose(1, 2)
+    wide = torch.promote_types(query.dtype, torch.float32)
+    return out, query.new_empty(batch, length, heads, dtype=wide).transpose(1, 2)
+
+
+@torch.library.register_fake("ctrlprune::attention_backward", lib=_library)
+def _(grad, query, key, value, *_):  # type: ignore[no-untyped-def]
+    tensors = (query, key, value)
+    return tuple(t.new_empty(t.shape[0], t.shape[2], t.shape[1], t.shape[3]).transpose(1, 2) for t in tensors)
 
 
 def _image(like: Tensor, channels: int, size: Sequence[int]) -> Tensor:
@@ -201,6 +223,18 @@ def _matmul_backward(ctx: Any, grad: Tensor | None) -> tuple[Any, ...]:
     return grad_x, grad_weight, grad_signals, [None] * ctx.lists, None, None, None
 
 
+def _setup_attention(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    query, key, value, live, *ctx.rest = inputs
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(query, key, value, *output, live)
+
+
+def _attention_backward(ctx: Any, grad: Tensor | None, _grad_sums: None) -> tuple[Any, ...]:
+    gradients = (None, None, None) if grad is None else attention_backward(grad, *ctx.saved_tensors, *ctx.rest)
+    return (*gradients, None, None, None)
+
+
 def _autocast(op: Callable[..., Any], device: str) -> Callable[..., Any]:
     keys = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, f"Autocast{device.upper()}"))
 
@@ -218,6 +252,11 @@ def _autocast(op: Callable[..., Any], device: str) -> Callable[..., Any]:
 
 for _key in ("CPU", "CUDA"):
     _library.impl("activation_backward", op_calls.activation_backward, _key)
+_library.impl("attention", op_calls.attention, "CPU")
+_library.impl("attention_backward", op_calls.attention_backward, "CPU")
+torch.library.register_autograd(
+    "ctrlprune::attention", _attention_backward, setup_context=_setup_attention, lib=_library
+)
 for _name, _implementation in op_calls.IMPLEMENTATIONS.items():
     for _key in ("CPU", "CUDA"):
         _library.impl(_name, visible(_name, _implementation), _key)
@@ -244,6 +283,20 @@ def _product_flops(
             computed.view(-1)[probes[probes >= 0].long()] = True
         entries = int(expand(computed, matrix_block(block, weight.shape), matrix_shape(weight.shape)).sum())
     return 2 * positions * entries
+
+
+@register_flop_formula(attention, get_raw=True)
+def _(query, key, value, live, *_, **__) -> int:  # type: ignore[no-untyped-def]
+    return int(_live_share(live) * sdpa_flop_count(query.shape, key.shape, value.shape))
+
+
+@register_flop_formula(attention_backward, get_raw=True)
+def _(grad, query, key, value, out, sums, live, *_, **__) -> int:  # type: ignore[no-untyped-def]
+    return int(2 * _live_share(live) * sdpa_flop_count(query.shape, key.shape, value.shape))
+
+
+def _live_share(live: Tensor) -> float:
+    return 1.0 if isinstance(live, FakeTensor) else float(live.float().mean())
 
 
 @register_flop_formula(linear, get_raw=True)

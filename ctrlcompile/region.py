@@ -21,6 +21,7 @@ from ctrlcompile.blocks import Block
 from ctrlcompile.controller.coupling import Coupled, Coupling
 from ctrlcompile.controller.host import on_cpu
 from ctrlcompile.gate import Gate, registry
+from ctrlcompile.heads import LiveHeads, that_may_die
 from ctrlcompile.layers import find_layers
 from ctrlcompile.options import Options
 from ctrlcompile.passes import Change, passes_for, run
@@ -35,15 +36,25 @@ Division = tuple[Block | None, ...]  # the block of each weight of a region, Non
 
 @dataclass(frozen=True)
 class Variant:
-    """One lowering: the compiled graph, and which weights' gates it takes after Dynamo's arguments.
+    """One lowering: the compiled graph, and which weights' gates and which attentions' heads it takes after Dynamo's
+    arguments.
 
     For people: what each pass changed, and the activation that a gated layer computes, by its node.
     """
 
     run: Callable[..., Any]
     gated: tuple[int, ...]
+    heads: LiveHeads | None
+    attentions: tuple[str, ...]
     changes: tuple[Change, ...]
     activations: dict[str, str]
+
+    def live_shares(self, gates: Sequence[Gate | None]) -> dict[str, float]:
+        """The part of its heads that each attention computes."""
+        if self.heads is None:
+            return {}
+        self.heads.flags(gates)
+        return dict(zip(self.attentions, self.heads.live_shares, strict=True))
 
 
 @dataclass(frozen=True)
@@ -60,7 +71,8 @@ class Visit:
     @property
     def used_flops(self) -> float:
         """Of a training step in this region, at the present masks and probes."""
-        return cost.used_flops(self.cost, self.region.gates_by_layer(self.gates))
+        used = cost.used_flops(self.cost, self.region.gates_by_layer(self.gates))
+        return used - self.cost.skipped(self.variant.live_shares(self.gates))
 
 
 class Region:
@@ -71,10 +83,11 @@ class Region:
         self._gm, self._lower = gm, lower
         self.weights, self.layers = find_layers(gm, example_inputs, options)
         symbols, self._size_positions = cost.symbols_of(gm)
-        self._cost = cost.RegionCost(cost.region_flops(gm), tuple(layer.product for layer in self.layers), symbols)
+        products, attentions = tuple(layer.product for layer in self.layers), cost.attention_flops(gm)
+        self._cost = cost.RegionCost(cost.region_flops(gm), products, symbols, attentions)
+        self._couplings: dict[Division, Coupling | None] = {}
         gates = self._gates(example_inputs)
         self._variants: dict[Any, Variant] = {_division(gates): self._build(gates, example_inputs)}
-        self._couplings: dict[Division, Coupling | None] = {}
 
     def __call__(self, *args: Any) -> Any:
         gates = self._gates(args)
@@ -87,7 +100,8 @@ class Region:
             for layer, gate in zip(self.layers, gated, strict=True):
                 if layer.normalised and gate is not None and layer.transposed == gate.transposed:
                     gate.normalised = True
-            cost.meter.record(self._bind(args), gated, self._coupled(gates))
+            bound = self._bind(args)
+            cost.meter.record(bound, gated, self._coupled(gates), bound.skipped(variant.live_shares(gates)))
             for log in tuple(run_log.graphless):
                 log.see(variant.changes[-1].outlines[1], self.gates_by_node(gates))
         inputs: list[Tensor] = []
@@ -95,6 +109,8 @@ class Region:
             gate = gates[index]
             assert gate is not None  # the variant was built for this division
             inputs.extend(gate.inputs)
+        if variant.heads is not None:
+            inputs.extend(variant.heads.flags(gates))
         return variant.run(*args, *inputs)
 
     def _gates(self, args: Sequence[Any]) -> list[Gate | None]:
@@ -125,8 +141,8 @@ class Region:
         pairs = zip(self.layers, self.gates_by_layer(gates), strict=True)
         return {layer.node: gate for layer, gate in pairs if gate is not None}
 
-    def _coupled(self, gates: list[Gate | None]) -> Coupled | None:
-        """How these gates are coupled in this graph; found when a controller first listens."""
+    def _coupled(self, gates: Sequence[Gate | None]) -> Coupled | None:
+        """How these gates are coupled in this graph; found when an attention or a controller first asks."""
         division = _division(gates)
         if division not in self._couplings:
             pairs = list(zip(self.layers, self.gates_by_layer(gates), strict=True))
@@ -158,13 +174,17 @@ class Region:
         if late:
             gm.meta.pop("dynamo_compile_id", None)  # outside Dynamo: no guards to serve, sizes as they are
         blocks = {node: gate.block for node, gate in self.gates_by_node(gates).items()}
-        gm, changes = run(gm, args, passes_for(blocks))
+        coupled = self._coupled(gates) if self._cost.attentions and blocks else None
+        gm, changes = run(gm, args, passes_for(blocks, that_may_die(coupled and coupled[0])))
         by_position = {weight.position: index for index, weight in enumerate(self.weights)}
         gated = tuple(by_position[position] for position in gm.meta["gated_weights"])
-        extra = [tensor for index in gated if (gate := gates[index]) is not None for tensor in _example(gate, late)]
+        attentions = tuple(gm.meta["skipped_heads"])
+        heads = LiveHeads(coupled[0], attentions) if coupled and attentions else None
+        tensors = [tensor for index in gated if (gate := gates[index]) is not None for tensor in gate.inputs]
+        extra = _examples([*tensors, *(heads.flags(gates) if heads else ())], late)
         nodes = [node for scope in scopes(gm) for node in scope.gm.graph.nodes if "layer" in node.meta]
         activations = {node.meta["layer"]: ops.activation_of(node) or "none" for node in nodes}
-        return Variant(self._lower(gm, [*args, *extra], late), gated, changes, activations)
+        return Variant(self._lower(gm, [*args, *extra], late), gated, heads, attentions, changes, activations)
 
     def _late_variant(self, gates: Sequence[Gate | None], args: Sequence[Any]) -> Variant:
         key = (_division(gates), tuple(tuple(arg.shape) if isinstance(arg, Tensor) else arg for arg in args))
@@ -199,9 +219,8 @@ def watch(*, gated: bool = True) -> Iterator[list[Visit]]:
         _watcher.visits, _watcher.gated = None, True
 
 
-def _example(gate: Gate, late: bool) -> list[Tensor]:
-    """A gate's tensors as the compiler sees them: their sizes stay what they are when the batch becomes a symbol."""
-    tensors = list(gate.inputs)
+def _examples(tensors: list[Tensor], late: bool) -> list[Tensor]:
+    """Our tensors as the compiler sees them: their sizes stay what they are when the batch becomes a symbol."""
     context = TracingContext.try_get()
     mode = context.fake_mode if context is not None and not late else None
     return tensors if mode is None else [mode.from_tensor(tensor, static_shapes=True) for tensor in tensors]

@@ -4,10 +4,14 @@
 - `gate_matmul`: products `x @ weight` with such a weight likewise become `ctrlprune::matmul`.
 - `gate_conv`: convolution nodes likewise become `ctrlprune::conv`, on channels-last images.
 - `fuse_activation`: an activation that only a gated layer feeds moves into it.
+- `skip_heads`: attention leaves out heads that nothing feeds and nobody reads.
 - `restore_layout`: what depends on how an image lies in memory gets it as the model had it.
 - `gate_nodes`: what the passes that gate layers share.
 - `layer_nodes`: what a layer's node says.
 - `graph_edit`: what every pass needs to leave a clean graph.
+
+After them Inductor runs `fuse_derivative` on its own graphs: an activation's backward pass moves into the input
+gradient that alone feeds it.
 
 Beside them, and no pass since it changes nothing:
 
@@ -23,7 +27,7 @@ import difflib
 import functools
 import logging
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,19 +40,24 @@ from ctrlcompile.passes.gate_linear import gate_linear
 from ctrlcompile.passes.gate_matmul import gate_matmul
 from ctrlcompile.passes.outline import Outline, outline
 from ctrlcompile.passes.restore_layout import restore_layout
+from ctrlcompile.passes.skip_heads import skip_heads
 
 logger = logging.getLogger(__name__)
 
 Pass = Callable[[fx.GraphModule, Sequence[Any]], fx.GraphModule]
 
 
-def passes_for(blocks: Mapping[str, tuple[int, int]]) -> list[Pass]:
-    """The passes in the order in which they run; `blocks` maps the layers to gate, by node, to their block sides."""
+def passes_for(blocks: Mapping[str, tuple[int, int]], heads: Collection[str] = ()) -> list[Pass]:
+    """The passes in the order in which they run.
+
+    `blocks` maps the layers to gate, by node, to their block sides; `heads` names the attentions that may skip heads.
+    """
     return [
         functools.partial(gate_linear, blocks=blocks),
         functools.partial(gate_matmul, blocks=blocks),
         functools.partial(gate_conv, blocks=blocks),
         fuse_activation,
+        functools.partial(skip_heads, heads=heads),
         restore_layout,
     ]
 

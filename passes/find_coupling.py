@@ -23,7 +23,9 @@ from torch._ops import HigherOrderOperator, OpOverload
 from ctrlcompile.controller.coupling import Coupling, Members, Sets
 from ctrlcompile.passes.channel_rules import IN_PLACE, NEW_MEMORY, RULES, Call, Labels, with_constants
 from ctrlcompile.passes.channels import CONSTANT, INPUT, LARGEST, OUTPUT, Channels
+from ctrlcompile.passes.graph_edit import argument
 from ctrlcompile.passes.layer_nodes import is_matmul, operands
+from ctrlcompile.passes.skip_heads import is_attention
 
 Layers: TypeAlias = Mapping[str, tuple[int, tuple[int, int]]]
 Place: TypeAlias = tuple[int, int]  # of a block row or column: number of the weight, number in the weight's grid
@@ -61,9 +63,23 @@ def find_coupling(gm: fx.GraphModule, layers: Layers) -> Coupling | None:
     reads = _leading_to(of_rows, columns, OUTPUT, graph.reverse(copy=False))
     if not any(feeds) and not any(reads):
         return None
+    heads = {
+        name: (_each(values, of_rows, INPUT, carried), _each(outputs, columns, OUTPUT, graph.reverse(copy=False)))
+        for name, (values, outputs) in walk.heads.items()
+    }
     weights = range(1 + max((weight for weight, _ in rows), default=-1))
     grid = [tuple(sum(place[0] == weight for place in places) for weight in weights) for places in (rows, columns)]
-    return Coupling(grid[0], grid[1], Sets.from_members(feeds), Sets.from_members(reads))
+    return Coupling(grid[0], grid[1], Sets.from_members(feeds), Sets.from_members(reads), heads)
+
+
+def _each(targets: Sequence[Sequence[int]], members: Sequence[Any], other: Any, graph: nx.DiGraph) -> Sets:
+    """For each list of targets, which `members` lead to any of them."""
+    leading = iter(_leading_to([label for labels in targets for label in labels], members, other, graph))
+    found = [[next(leading) for _ in labels] for labels in targets]
+    return Sets.from_members(
+        None if None in sets else frozenset().union(*(members for members in sets if members is not None))
+        for sets in found
+    )
 
 
 def _leading_to(targets: Sequence[Any], members: Sequence[Any], other: Any, graph: nx.DiGraph) -> list[Members]:
@@ -93,6 +109,7 @@ class _Walk:
         self.channels = Channels()
         self.rows: dict[Place, int] = {}
         self.columns: set[Place] = set()
+        self.heads: dict[str, tuple[list[list[int]], list[list[int]]]] = {}  # of each attention: values, what comes out
         self._layers = layers
         self._values: dict[fx.Node, Labels] = {}
         self._memory: dict[fx.Node, fx.Node] = {}  # the first value in whose memory another one may lie
@@ -110,6 +127,9 @@ class _Walk:
                 continue
             self._memory[node] = node
             self._values[node] = self._fitting(node, self._labels(gm, node, prefix))
+            if is_attention(node):
+                value, out = self._values[argument(node, 2, "value")], self._values[node]
+                self.heads[f"{prefix}{node.name}"] = self._by_head(node, value), self._by_head(node, out)
             self._mutate(node)
         raise AssertionError("a graph has an output")
 
@@ -139,6 +159,16 @@ class _Walk:
             if not wrong:
                 return labels
         return self.channels.all_of(t for value in node.all_input_nodes for t in _tensors(self._values[value]))
+
+    def _by_head(self, node: fx.Node, labels: Labels) -> list[list[int]]:
+        """The labels of each head of an attention's values, or of what comes out."""
+        sizes = self._sizes(node)
+        assert sizes is not None
+        assert isinstance(labels, Tensor)
+        if labels.dim() < 4:
+            return [labels.unique().tolist()] * sizes[1]
+        by_head = labels.movedim(1, 0).expand(sizes[1], *labels.shape[:1], *labels.shape[2:]).flatten(1)
+        return [head.unique().tolist() for head in by_head]
 
     def _body(self, gm: fx.GraphModule, args: Sequence[Any], prefix: str) -> list[Tensor]:
         for inner, outer in zip(gm.graph.find_nodes(op="placeholder"), args, strict=True):

@@ -27,8 +27,8 @@ no gradient to change it again.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 import torch
@@ -104,12 +104,15 @@ class Coupling:
         rows, columns: per gate, how many it has; 0 for a weight without a gate.
         feeds: for each column, the rows whose channels reach its input channels without passing a gate.
         reads: for each row, the columns that its channels reach so.
+        heads: for each attention, by node, the rows that feed the values of each of its heads, and the columns that
+            read what comes out.
     """
 
     rows: tuple[int, ...]
     columns: tuple[int, ...]
     feeds: Sets
     reads: Sets
+    heads: Mapping[str, tuple[Sets, Sets]] = field(default_factory=dict)
 
 
 Coupled: TypeAlias = tuple[Coupling, tuple[Any, ...]]  # with the gates that it numbers, None where there is none

@@ -68,7 +68,7 @@ class Explanation(tables.Shown):
         rows: one per layer that ran, then those that did not.
         graphs: one per compiled graph that ran, before and after each pass.
         dense_flops: of the whole training step, dense: every matrix product, gated or not.
-        flops: of the same at the present densities.
+        flops: of the same at the present densities, and without the heads of attention that nobody reads.
         model_error: median of |predicted / measured - 1| of what variants were predicted to take; None before any
             prediction could be checked.
     """
@@ -113,8 +113,10 @@ class Explanation(tables.Shown):
             shape = (" x ".join(map(str, row.shape)) or "?") + (" (in x out)" if row.transposed else "")
             source = row.source.rsplit("/", 1)[-1]
             table.add_row(row.name, shape, block, f"{row.density:.3f}", what, source, f"{self._share(row.flops):.1%}")
-        rest = self.dense_flops - sum(row.dense_flops for row in self.rows)
-        table.add_row("all else (attention, ...)", "", "dense", "1.000", "Inductor", "", f"{self._share(rest):.1%}")
+        dense_rest = self.dense_flops - sum(row.dense_flops for row in self.rows)
+        rest = self.flops - sum(row.flops for row in self.rows)
+        density = f"{rest / dense_rest:.3f}" if dense_rest > 0 else "1.000"
+        table.add_row("all else (attention, ...)", "", "dense", density, "Inductor", "", f"{self._share(rest):.1%}")
         gateable = sum(row.dense_flops for row in self.rows if row.gated)
         used = sum(row.flops for row in self.rows if row.gated)
         table.add_section()
@@ -178,6 +180,7 @@ def _explanation(module: nn.Module, visits: list[Visit]) -> Explanation:
             reason = "not in a compiled graph that these inputs reach"
             rows.append(Row(name, prefix, tuple(weight.shape), False, reason, None, 1.0, "not compiled", 0.0, 0.0, ""))
     saved = sum(row.dense_flops - row.flops for row in rows)
+    saved += sum(visit.cost.skipped(visit.variant.live_shares(visit.gates)) for visit in visits)
     graphs = tuple(Graph(visit.variant.changes, _densities(visit)) for visit in visits)
     return Explanation(tuple(rows), graphs, dense_flops, dense_flops - saved, respecialize.model_error())
 

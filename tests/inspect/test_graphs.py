@@ -14,7 +14,7 @@ from ctrlcompile.passes import passes_for, run
 from ctrlcompile.passes.graph_edit import copy_graph
 from ctrlcompile.passes.layer_nodes import is_linear
 
-NAMES = ["gate_linear", "gate_matmul", "gate_conv", "fuse_activation", "restore_layout"]
+NAMES = ["gate_linear", "gate_matmul", "gate_conv", "fuse_activation", "skip_heads", "restore_layout"]
 
 
 class Broken(nn.Module):
@@ -52,9 +52,10 @@ def test_each_change_is_the_text_before_and_after_with_a_diff_that_leads_from_on
     found = changes()
     assert [change.name for change in found] == NAMES
     assert found[0].after == found[1].before
-    gated, matmul, conv, fused, restored = found
+    gated, matmul, conv, fused, skipped, restored = found
     assert matmul.before == matmul.after == gated.after, "it has no matmul"
     assert conv.before == conv.after == gated.after, "it has no convolution"
+    assert skipped.before == skipped.after == fused.after, "it has no attention"
     assert restored.before == restored.after == fused.after
     assert "linear(" in gated.before
     assert "ctrlprune" not in gated.before
@@ -91,7 +92,7 @@ def test_graphs_and_diffs_are_artifacts_in_a_trace(changes):
     handler = Handler()
     trace_log.addHandler(handler)
     try:
-        gated, _, _, fused, _ = changes()
+        gated, _, _, fused, _, _ = changes()
     finally:
         trace_log.removeHandler(handler)
     assert artifacts == {
@@ -104,8 +105,10 @@ def test_graphs_and_diffs_are_artifacts_in_a_trace(changes):
         "ctrlcompile_3_gate_conv_diff": "",
         "ctrlcompile_4_fuse_activation": fused.after,
         "ctrlcompile_4_fuse_activation_diff": fused.diff,
-        "ctrlcompile_5_restore_layout": fused.after,
-        "ctrlcompile_5_restore_layout_diff": "",
+        "ctrlcompile_5_skip_heads": fused.after,
+        "ctrlcompile_5_skip_heads_diff": "",
+        "ctrlcompile_6_restore_layout": fused.after,
+        "ctrlcompile_6_restore_layout_diff": "",
     }
 
 

@@ -292,7 +292,7 @@ def test_the_runner_logs_a_numbered_list_of_what_each_pass_changed(caplog):
     captured = Captured(model, torch.randn(6, 40))
     with caplog.at_level("INFO", logger="ctrlcompile.passes"):
         gm, _ = run(copy_graph(captured.gm), captured.inputs, passes_for(dict.fromkeys(captured.linears, (8, 8))))
-    first, second, third, fourth, fifth = (
+    first, second, third, fourth, fifth, sixth = (
         record.getMessage() for record in caplog.records if record.name == "ctrlcompile.passes"
     )
     assert first.startswith("1. gate_linear: ")
@@ -301,5 +301,6 @@ def test_the_runner_logs_a_numbered_list_of_what_each_pass_changed(caplog):
     assert third == "3. gate_conv: no change"
     assert fourth.startswith("4. fuse_activation: ")
     assert "relu -1" in fourth
-    assert fifth == "5. restore_layout: no change"
+    assert fifth == "5. skip_heads: no change"
+    assert sixth == "6. restore_layout: no change"
     assert count(gm, ops.linear.default) == 2

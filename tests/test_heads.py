@@ -1,0 +1,181 @@
+"""Heads that nothing feeds and nobody reads: when they count as such, that nothing changes but the FLOPs."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
+
+import ctrlcompile as cc
+from ctrlcompile import ops
+from ctrlcompile.cost import meter
+from ctrlcompile.kernels import attention as kernel
+
+from .small_models import assert_like_plain, random_mask
+
+HEADS, SIDE, TIME = 3, 16, 6
+WIDTH = HEADS * SIDE
+
+
+class Model(nn.Module):
+    """A layer of attention, head by head 2 blocks of 8 wide, between two that mix all channels."""
+
+    def __init__(self, recompute=False, **settings):
+        super().__init__()
+        self.first, self.qkv = nn.Linear(40, WIDTH), nn.Linear(WIDTH, 3 * WIDTH)
+        self.output, self.last = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, 24)
+        self.settings, self.recompute = settings, recompute
+
+    def body(self, x):
+        q, k, v = self.qkv(x).unflatten(-1, (3, HEADS, SIDE)).permute(2, 0, 3, 1, 4)
+        out = F.scaled_dot_product_attention(q, k, v, **self.settings)
+        return self.output(out.transpose(1, 2).flatten(2))
+
+    def forward(self, x):
+        x = torch.tanh(self.first(x))
+        return self.last(checkpoint(self.body, x, use_reentrant=False) if self.recompute else self.body(x))
+
+
+def kill(gates, head, *, values=True, readers=True):
+    """Switches off what feeds a head's values, and what reads its output."""
+    blocks = slice(head * SIDE // 8, (head + 1) * SIDE // 8)
+    fed, read = gates["qkv.weight"].mask.clone(), gates["output.weight"].mask.clone()
+    if values:
+        fed[2 * WIDTH // 8 :][blocks] = False
+    if readers:
+        read[:, blocks] = False
+    gates["qkv.weight"].update_(fed)
+    gates["output.weight"].update_(read)
+
+
+@pytest.fixture
+def computed(monkeypatch):
+    """How many heads each call of the framework's attention had, forward and backward."""
+    seen = {"forward": [], "backward": []}
+    for role in seen:
+        original = getattr(kernel, f"_{role}")
+
+        def counted(*arguments, role=role, original=original):
+            seen[role].append(arguments[0][0].shape[1])
+            return original(*arguments)
+
+        monkeypatch.setattr(kernel, f"_{role}", counted)
+    return seen
+
+
+@pytest.mark.parametrize("settings", [{}, {"is_causal": True, "scale": 0.2}, {"recompute": True}], ids=str)
+def test_dead_heads_are_skipped_and_nothing_else_changes(settings, computed):
+    model = Model(**settings)
+    gates = cc.gates(model, 8)
+    for gate in gates.values():
+        gate.update_(random_mask(gate.grid, 0.9))
+    run = torch.compile(model, backend="ctrlprune")
+    x = torch.randn(2, TIME, 40)
+    assert_like_plain(run, model, x, gates=gates)
+    assert sum(computed["backward"]) == HEADS
+    kill(gates, 1)
+    for found in computed.values():
+        found.clear()
+    assert_like_plain(run, model, x, gates=gates)
+    assert sum(computed["backward"]) == HEADS - 1
+    assert sum(computed["forward"]) == (HEADS - 1) * (2 if model.recompute else 1)
+    kill(gates, 0)
+    kill(gates, 2)
+    for found in computed.values():
+        found.clear()
+    assert_like_plain(run, model, x, gates=gates)
+    assert computed == {"forward": [], "backward": []}
+    gates["output.weight"].update_(torch.ones(gates["output.weight"].grid, dtype=torch.bool))  # they are read again
+    assert_like_plain(run, model, x, gates=gates)
+    assert sum(computed["backward"]) == HEADS
+
+
+@pytest.mark.parametrize(("values", "readers"), [(True, False), (False, True)])
+def test_a_head_lives_while_something_feeds_it_or_somebody_reads_it(values, readers, computed):
+    model = Model()
+    gates = cc.gates(model, 8)
+    run = torch.compile(model, backend="ctrlprune")
+    kill(gates, 1, values=values, readers=readers)
+    assert_like_plain(run, model, torch.randn(2, TIME, 40), gates=gates)
+    assert computed["forward"] == [HEADS]
+
+
+class Other(nn.Module):
+    """Attention that cannot skip heads, or whose heads are never dead."""
+
+    def __init__(self, how):
+        super().__init__()
+        self.qkv, self.output, self.how = nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(WIDTH, WIDTH), how
+
+    def forward(self, x):
+        q, k, v = self.qkv(x).unflatten(-1, (3, HEADS, SIDE)).permute(2, 0, 3, 1, 4)
+        out = self.how(q, k, v, x.new_zeros(x.shape[1], x.shape[1]))
+        return self.output(out.transpose(1, 2).flatten(2)) + out.mean()
+
+
+OTHERS = {
+    "a mask": lambda q, k, v, mask: F.scaled_dot_product_attention(q, k, v, attn_mask=mask),
+    "one head for all": lambda q, k, v, mask: F.scaled_dot_product_attention(q, k[:, :1], v[:, :1], enable_gqa=True),
+    "read by others": lambda q, k, v, mask: F.scaled_dot_product_attention(q, k, v),
+}
+
+
+@pytest.mark.parametrize("how", OTHERS.values(), ids=OTHERS)
+def test_other_attention_stays_as_it_is(how, computed):
+    model = Other(how)
+    gates = cc.gates(model, 8)
+    run = torch.compile(model, backend="ctrlprune")
+    kill(gates, 1)
+    assert_like_plain(run, model, torch.randn(2, TIME, WIDTH), gates=gates)
+    assert computed["forward"] == []
+
+
+def test_instances_and_sizes_have_their_own_heads(computed):
+    models = [Model(), Model()]
+    runs = [torch.compile(model, backend="ctrlprune", dynamic=True) for model in models]
+    gates = [cc.gates(model, 8) for model in models]
+    kill(gates[0], 1)
+    for batch in (2, 3):
+        for run, model, own, heads in zip(runs, models, gates, (HEADS - 1, HEADS), strict=True):
+            computed["backward"].clear()
+            assert_like_plain(run, model, torch.randn(batch, TIME + batch, 40), gates=own)
+            assert sum(computed["backward"]) == heads
+
+
+def test_it_runs_under_autocast_and_without_gradients():
+    model = Model()
+    gates = cc.gates(model, 8)
+    kill(gates, 1)
+    run, x = torch.compile(model, backend="ctrlprune"), torch.randn(2, TIME, 40)
+    with torch.no_grad():
+        torch.testing.assert_close(run(x), model(x), rtol=1e-4, atol=1e-5)
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(run(x), model(x), rtol=5e-2, atol=2e-2)
+
+
+def test_what_is_skipped_is_neither_used_nor_fixed():
+    model = Model()
+    gates = cc.gates(model, 8)
+    run, x = torch.compile(model, backend="ctrlprune"), torch.randn(2, TIME, 40, requires_grad=True)
+    run(x).sum().backward()
+    counter = meter.counter(gates.values())
+    costs = []
+    for _ in range(2):
+        run(x).sum().backward()
+        costs.append(counter())
+        kill(gates, 1)
+    before, after = costs
+    dense = 3 * 2 * 2 * 2 * HEADS * TIME * TIME * SIDE  # forward and two gradients, two products, 2 per multiply-add
+    assert before.dense == after.dense
+    assert before.fixed - after.fixed == pytest.approx(dense / HEADS)
+    explained = cc.explain(run)(x)
+    assert explained.flops == pytest.approx(sum(row.flops for row in explained.rows) + dense * (HEADS - 1) / HEADS)
+
+
+def test_flop_formulas_count_live_heads():
+    operands = [torch.randn(2, HEADS, TIME, SIDE, requires_grad=True) for _ in range(3)]
+    with FlopCounterMode(display=False) as counted:
+        ops.attention(*operands, torch.tensor([True, False, True]), True, None)[0].sum().backward()
+    flops = 2 * 2 * 2 * 2 * TIME * TIME * SIDE
+    assert counted.get_flop_counts()["Global"] == {ops.attention: flops, ops.attention_backward: 2 * flops}
