@@ -1,6 +1,7 @@
 """Which heads of a region's attentions are live under the present masks, as the flags that the compiled graph takes."""
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -10,8 +11,15 @@ from ctrlcompile.controller.host import on_cpu
 from ctrlcompile.gate import Gate
 
 
+class Live(NamedTuple):
+    """What is live under some masks: bool `[heads]` for each attention, and the part of them that is, by node."""
+
+    flags: list[Tensor]
+    shares: dict[str, float]
+
+
 class LiveHeads:
-    """The flags of some attentions of a region, found anew when a mask has changed.
+    """The live heads of some attentions of a region, found anew when a mask has changed.
 
     Args:
         coupling: of the region's gates.
@@ -20,41 +28,34 @@ class LiveHeads:
 
     def __init__(self, coupling: Coupling, attentions: Sequence[str]) -> None:
         self._coupling = coupling
-        self._heads = [coupling.heads[name] for name in attentions]
-        self._seen: list[tuple[Gate, int]] = []
-        self._flags: list[Tensor] = []
-        self.live_shares: list[float] = [1.0] * len(attentions)
+        self._heads = {name: coupling.heads[name] for name in attentions}
+        self._last: tuple[list[tuple[Gate, int]], Live] | None = None  # one value: threads share a region
 
-    def flags(self, gates: Sequence[Gate | None]) -> list[Tensor]:
-        """bool `[heads]` for each attention; `gates` are those of the region's weights.
+    def under(self, gates: Sequence[Gate | None]) -> Live:
+        """Those under the masks of these gates, which are those of the region's weights.
 
         A head is dead where all block rows that feed its values are, and all block columns that read what comes out.
         """
         used = [gate for gate, rows in zip(gates, self._coupling.rows, strict=False) if gate is not None and rows]
-        seen = [(gate, gate.updates) for gate in used]
-        if seen != self._seen:
-            self._find(used)
-            self._seen = seen
-        return self._flags
+        seen, last = [(gate, gate.updates) for gate in used], self._last
+        if last is None or last[0] != seen:
+            last = self._last = seen, self._find(used)
+        return last[1]
 
     @on_cpu
-    def _find(self, gates: Sequence[Gate]) -> None:
+    def _find(self, gates: Sequence[Gate]) -> Live:
         masks = [gate.mask.t() if gate.transposed else gate.mask for gate in gates]
         rows, columns = torch.cat([mask.any(1) for mask in masks]), torch.cat([mask.any(0) for mask in masks])
-        self._flags = [~(values.cut_off(rows) & outputs.cut_off(columns)) for values, outputs in self._heads]
-        self.live_shares = [float(flags.float().mean()) for flags in self._flags]
+        found = [~(values.cut_off(rows) & outputs.cut_off(columns)) for values, outputs in self._heads.values()]
+        return Live(found, {name: float(flags.float().mean()) for name, flags in zip(self._heads, found, strict=True)})
 
 
 def that_may_die(coupling: Coupling | None) -> list[str]:
     """The attentions of which some head could ever be dead."""
-    if coupling is None:
-        return []
-    return [
-        name
-        for name, (values, outputs) in coupling.heads.items()
-        if bool((values.cut_off(_none(values)) & outputs.cut_off(_none(outputs))).any())
-    ]
+    heads = {} if coupling is None else coupling.heads
+    return [name for name, (values, outputs) in heads.items() if bool((_switched(values) & _switched(outputs)).any())]
 
 
-def _none(sets: Sets) -> Tensor:
-    return torch.zeros(int(sets.members.max()) + 1 if sets.members.numel() else 0, dtype=torch.bool)
+def _switched(sets: Sets) -> Tensor:
+    """bool [n]: targets that would be cut off if no member were alive."""
+    return sets.cut_off(torch.zeros(int(sets.members.max()) + 1 if sets.members.numel() else 0, dtype=torch.bool))

@@ -36,8 +36,7 @@ Division = tuple[Block | None, ...]  # the block of each weight of a region, Non
 
 @dataclass(frozen=True)
 class Variant:
-    """One lowering: the compiled graph, and which weights' gates and which attentions' heads it takes after Dynamo's
-    arguments.
+    """One lowering: the compiled graph, and which weights' gates and which heads it takes after Dynamo's arguments.
 
     For people: what each pass changed, and the activation that a gated layer computes, by its node.
     """
@@ -45,16 +44,12 @@ class Variant:
     run: Callable[..., Any]
     gated: tuple[int, ...]
     heads: LiveHeads | None
-    attentions: tuple[str, ...]
     changes: tuple[Change, ...]
     activations: dict[str, str]
 
     def live_shares(self, gates: Sequence[Gate | None]) -> dict[str, float]:
-        """The part of its heads that each attention computes."""
-        if self.heads is None:
-            return {}
-        self.heads.flags(gates)
-        return dict(zip(self.attentions, self.heads.live_shares, strict=True))
+        """The part of its heads that each attention computes, by node, where it may skip some."""
+        return {} if self.heads is None else self.heads.under(gates).shares
 
 
 @dataclass(frozen=True)
@@ -110,7 +105,7 @@ class Region:
             assert gate is not None  # the variant was built for this division
             inputs.extend(gate.inputs)
         if variant.heads is not None:
-            inputs.extend(variant.heads.flags(gates))
+            inputs.extend(variant.heads.under(gates).flags)
         return variant.run(*args, *inputs)
 
     def _gates(self, args: Sequence[Any]) -> list[Gate | None]:
@@ -178,13 +173,13 @@ class Region:
         gm, changes = run(gm, args, passes_for(blocks, that_may_die(coupled and coupled[0])))
         by_position = {weight.position: index for index, weight in enumerate(self.weights)}
         gated = tuple(by_position[position] for position in gm.meta["gated_weights"])
-        attentions = tuple(gm.meta["skipped_heads"])
+        attentions = gm.meta["skipped_heads"]
         heads = LiveHeads(coupled[0], attentions) if coupled and attentions else None
         tensors = [tensor for index in gated if (gate := gates[index]) is not None for tensor in gate.inputs]
-        extra = _examples([*tensors, *(heads.flags(gates) if heads else ())], late)
+        extra = _examples([*tensors, *(heads.under(gates).flags if heads else ())], late)
         nodes = [node for scope in scopes(gm) for node in scope.gm.graph.nodes if "layer" in node.meta]
         activations = {node.meta["layer"]: ops.activation_of(node) or "none" for node in nodes}
-        return Variant(self._lower(gm, [*args, *extra], late), gated, heads, attentions, changes, activations)
+        return Variant(self._lower(gm, [*args, *extra], late), gated, heads, changes, activations)
 
     def _late_variant(self, gates: Sequence[Gate | None], args: Sequence[Any]) -> Variant:
         key = (_division(gates), tuple(tuple(arg.shape) if isinstance(arg, Tensor) else arg for arg in args))

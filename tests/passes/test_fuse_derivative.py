@@ -61,9 +61,9 @@ def graphs():
         yield found
 
 
-def fused(graphs) -> list[bool]:
-    """For each linear's input gradient in the graphs, whether it ends with an activation's."""
-    calls = [node for nodes in graphs for node in nodes if node.target is ops.linear_dgrad.default]
+def fused(graphs, gradient=ops.linear_dgrad.default) -> list[bool]:
+    """For each input gradient of a kind in the graphs, whether it ends with an activation's."""
+    calls = [node for nodes in graphs for node in nodes if node.target is gradient]
     return sorted(node.kwargs.get("z") is not None for node in calls)
 
 
@@ -80,6 +80,14 @@ def test_it_moves_where_nobody_else_reads_the_gradient(graphs, body, expected):
     assert fused(graphs) == [False, expected]
     alone = sum(node.target is ops.activation_backward.default for nodes in graphs for node in nodes)
     assert alone == (not expected and body is not relu)
+
+
+@pytest.mark.parametrize("settings", [{"padding": 1}, {"padding": 1, "stride": 2}, {"groups": 2}], ids=str)
+def test_convolutions_end_with_it_too(graphs, settings):
+    model = nn.Sequential(nn.Conv2d(16, 32, 3, padding=1), nn.GELU(), nn.Conv2d(32, 32, 3, **settings))
+    run, gates = compiled_and_pruned(model)
+    assert_like_plain(run, model, torch.randn(2, 16, 9, 7), gates=gates)
+    assert fused(graphs, ops.conv_dgrad.default) == [False, True]
 
 
 def test_it_is_right_for_any_batch_and_under_autocast(graphs):
