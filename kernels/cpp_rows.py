@@ -70,6 +70,10 @@ struct alignas(64) List {
   const float* bias;      // [OUT]
 };
 
+// Input blocks side by side that some list names: where they begin in a pixel and in a packed one, how many columns they
+// have, and how many zeros follow up to a whole block.
+struct alignas(64) Run { int64_t from, to, size, zeros; };
+
 struct Call {
   const Geometry& g;
   const x_t* x;
@@ -80,6 +84,8 @@ struct Call {
   int64_t groups, inputs;  // input columns of a group
   int64_t listed;          // input columns that a list may name: of a group, or of all
   bool in_order;           // the weight's taps lie side by side, and one phase has them all
+  const Run* run;          // what is packed of a pixel
+  int64_t runs;
   float* packed;           // the listed blocks, list by list, phase by phase, strip by strip
   int64_t pixel_stride;    // of packed pixels, in floats
 
@@ -92,21 +98,36 @@ struct Call {
 // ---- packing -------------------------------------------------------------------------------------------------------
 
 // The pixels of a tile as float32, each group zero up to a whole block, at a stride that spreads them over the cache's
-// sets.
+// sets. What no list names is left out.
 void pack_x(const Call& c, const Tile& tile, float* to) {
-  const int64_t whole = (c.inputs + IN - 1) / IN * IN;
-  for (int64_t p = 0; p < tile.pixels; ++p, to += c.pixel_stride) {
-    if (tile.from[p] < 0) {
-      std::memset(to, 0, c.groups * whole * sizeof(float));
-      continue;
+  for (int64_t p = 0; p < tile.pixels; ++p, to += c.pixel_stride)
+    for (const Run* run = c.run; run < c.run + c.runs; ++run)
+      if (tile.from[p] < 0) {
+        std::memset(to + run->to, 0, (run->size + run->zeros) * sizeof(float));
+      } else {
+        copy<8192>(c.x + tile.from[p] + run->from, run->size, to + run->to);
+        if (run->zeros) std::memset(to + run->to + run->size, 0, run->zeros * sizeof(float));
+      }
+}
+
+// How many runs there are; `named` has a flag per input block of all groups.
+int64_t set_runs(const Call& c, const List* lists, int64_t count, int32_t* named, Run* runs) {
+  const int64_t columns = (c.inputs + IN - 1) / IN;
+  std::fill(named, named + c.groups * columns, 0);
+  for (int64_t l = 0; l < count; ++l)
+    for (int64_t j = lists[l].begin; j < lists[l].begin + lists[l].length; ++j)
+      named[lists[l].input / IN + c.indices[j]] = 1;
+  int64_t found = 0;
+  for (int64_t group = 0; group < c.groups; ++group)
+    for (int64_t i = 0; i < columns; ++i) {
+      if (!named[group * columns + i]) continue;
+      const int64_t first = i;
+      while (i + 1 < columns && named[group * columns + i + 1]) ++i;
+      const int64_t end = std::min((i + 1) * IN, c.inputs);
+      runs[found++] = {group * c.inputs + first * IN, (group * columns + first) * IN, end - first * IN,
+                       (i + 1) * IN - end};
     }
-    const x_t* from = c.x + tile.from[p];
-    for (int64_t g = 0; g < c.groups; ++g, from += c.inputs) {
-      float* const group = to + g * whole;
-      copy<8192>(from, c.inputs, group);
-      if (whole > c.inputs) std::memset(group + c.inputs, 0, (whole - c.inputs) * sizeof(float));
-    }
-  }
+  return found;
 }
 
 // Columns [strip, strip + WIDTH) of the blocks of a list, for one phase; zero where the weight ends.
@@ -351,6 +372,7 @@ extern "C" int64_t scratch_bytes(const Geometry* g, int64_t groups, int64_t outp
                                  int64_t tile_bytes, int threads) {
   const Plan p(*g, groups, outputs, inputs, tile_bytes);
   return threads * p.table_bytes + p.lists * (int64_t)(sizeof(List) + sizeof(Constant)) +
+         groups * p.columns * (int64_t)(sizeof(Run) + sizeof(int32_t)) +
          4 * (p.packed_floats + threads * p.tile_floats + p.lists * OUT + p.tiles.count + 1);
 }
 
@@ -364,17 +386,20 @@ extern "C" void run(const Geometry* geometry, const x_t* x, const w_t* weight, i
   const Plan p(*geometry, groups, outputs, inputs, tile_bytes);
   List* const lists = (List*)(scratch + threads * p.table_bytes);
   Constant* const constants = (Constant*)(lists + p.lists);
-  float* const packed = (float*)(constants + p.lists);
+  Run* const runs = (Run*)(constants + p.lists);
+  float* const packed = (float*)(runs + groups * p.columns);
   float* const tile_buffers = packed + p.packed_floats;
   float* const whole_bias = tile_buffers + threads * p.tile_floats;
   int32_t* const next_turn = (int32_t*)(whole_bias + p.lists * OUT);
   int32_t* const next_tile = next_turn + p.tiles.count;
-  const Call c = {*geometry, x, weight, w_out, w_in, w_tap, indices, y, z, groups, inputs,
-                  shared ? groups * inputs : inputs, lie_in_order(*geometry, w_tap), packed, p.pixel_stride};
+  int32_t* const named = next_tile + 1;
+  Call c = {*geometry, x, weight, w_out, w_in, w_tap, indices, y, z, groups, inputs, shared ? groups * inputs : inputs,
+            lie_in_order(*geometry, w_tap), runs, 0, packed, p.pixel_stride};
   set_lists(c, outputs, shared, bias, offsets, order, lists, whole_bias);
   std::fill(next_turn, next_tile + 1, 0);
   int64_t live = p.lists;  // the longest lists come first, those that are empty last
   for (; live > 0 && lists[live - 1].length == 0; --live) set_constant(lists[live - 1], constants[live - 1]);
+  c.runs = set_runs(c, lists, live, named, runs);
   const int64_t sums = live * geometry->phases, turns = sums + (live < p.lists);
 
 #pragma omp parallel num_threads(threads)
