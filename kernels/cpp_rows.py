@@ -307,13 +307,17 @@ void set_constant(const List& list, Constant& constant) {
   }
 }
 
-// Row by row, so that writes go through memory in order.
+// Row by row, so that writes go through memory in order; past the caches where they have no room for it.
+template <bool STREAM>
 void fill(const Call& c, const List* lists, const Constant* constants, int64_t count, const Tile& tile) {
   for (int64_t f = 0; f < c.g.phases; ++f)
     for (int64_t row = 0; row < tile.phase[f].count; ++row)
       for (int64_t l = 0; l < count; ++l) {
         const int64_t at = tile.phase[f].to[row] + lists[l].column;
-        if (lists[l].width == OUT) {
+        if (STREAM && lists[l].width == OUT) {
+          stream<sizeof constants[l].y>(constants[l].y, c.y + at);
+          if (KEEPS_Z) stream<sizeof constants[l].z>(constants[l].z, c.z + at);
+        } else if (lists[l].width == OUT) {
           std::memcpy(c.y + at, constants[l].y, sizeof constants[l].y);
           if (KEEPS_Z) std::memcpy(c.z + at, constants[l].z, sizeof constants[l].z);
         } else {
@@ -321,6 +325,7 @@ void fill(const Call& c, const List* lists, const Constant* constants, int64_t c
           if (KEEPS_Z) std::memcpy(c.z + at, constants[l].z, lists[l].width * sizeof(x_t));
         }
       }
+  if (STREAM) streamed();
 }
 
 // ---- the plan ------------------------------------------------------------------------------------------------------
@@ -400,6 +405,8 @@ extern "C" void run(const Geometry* geometry, const x_t* x, const w_t* weight, i
   int64_t live = p.lists;  // the longest lists come first, those that are empty last
   for (; live > 0 && lists[live - 1].length == 0; --live) set_constant(lists[live - 1], constants[live - 1]);
   c.runs = set_runs(c, lists, live, named, runs);
+  const int64_t rows = p.tiles.count * p.tiles.rows * geometry->phases;
+  const bool large = rows * groups * outputs * (int64_t)sizeof(x_t) > 2 * tile_bytes;
   const int64_t sums = live * geometry->phases, turns = sums + (live < p.lists);
 
 #pragma omp parallel num_threads(threads)
@@ -420,7 +427,7 @@ extern "C" void run(const Geometry* geometry, const x_t* x, const w_t* weight, i
         }
         held = i;
         if (turn == sums) {
-          fill(c, lists + live, constants + live, p.lists - live, tile);
+          (large ? fill<true> : fill<false>)(c, lists + live, constants + live, p.lists - live, tile);
           continue;
         }
         const List& list = lists[turn / geometry->phases];

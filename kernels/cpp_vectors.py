@@ -131,6 +131,32 @@ template <int AHEAD = 0, class T> INLINE void copy(const T* from, int64_t size, 
   for (; k < size; ++k) to[k] = to_float(from[k]);
 }
 
+// Copies BYTES past the caches where that can be, for what is large and not read soon; `streamed()` ends a series of them.
+template <int BYTES> INLINE void stream(const void* from, void* to) {
+#if defined(__AVX__)
+  typedef long long part_t __attribute__((vector_size(32)));
+  if (BYTES % 32 == 0 && ((uintptr_t)to & 31) == 0) {
+    UNROLL for (int b = 0; b < BYTES; b += 32) {
+      part_t part;
+      std::memcpy(&part, (const char*)from + b, sizeof part);
+#if defined(__clang__)
+      __builtin_nontemporal_store(part, (part_t*)((char*)to + b));
+#else
+      __builtin_ia32_movntdq256((part_t*)((char*)to + b), part);
+#endif
+    }
+    return;
+  }
+#endif
+  std::memcpy(to, from, BYTES);
+}
+
+INLINE void streamed() {
+#if defined(__AVX__)
+  __builtin_ia32_sfence();
+#endif
+}
+
 template <class V> INLINE float sum(typename V::f v) {
   float total = 0;
   for (int i = 0; i < V::lanes; ++i) total += v[i];

@@ -207,3 +207,17 @@ def test_probes_are_measured_and_not_written():
 def test_what_is_not_supported_is_said(dtypes, block, reason):
     answer = cpu_linear.supported(*dtypes, block)
     assert answer is None if reason is None else reason in answer
+
+
+@pytest.mark.parametrize("dtypes", [FLOAT, HALF])
+@pytest.mark.parametrize("n", [1056, 1050])
+def test_outputs_that_sum_over_nothing_and_are_larger_than_a_cache(n, dtypes):
+    m = cpu_product._second_level_bytes() * 3 // 2 // (n * dtypes[0].itemsize)
+    problem = Problem.random(m, 40, n, (32, 8), 0.5, dtypes)
+    problem.mask[torch.rand(problem.mask.shape[0]) < 0.7] = False
+    problem.mask[-1] = False  # a block that the edge cuts off
+    problem.check_forward("gelu")
+    problem.check_forward("none")
+    turned = Problem.random(m, n, 40, (8, 32), 0.5, dtypes)
+    turned.mask[:, torch.rand(turned.mask.shape[1]) < 0.7] = False
+    turned.check_dgrad()
