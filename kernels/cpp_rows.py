@@ -70,8 +70,8 @@ struct alignas(64) List {
   const float* bias;      // [OUT]
 };
 
-// Input blocks side by side that some list names: where they begin in a pixel and in a packed one, how many columns they
-// have, and how many zeros follow up to a whole block.
+// Input blocks side by side that some list names: where they begin in a pixel and in a packed one, how many columns
+// they have, and how many zeros follow up to a whole block.
 struct alignas(64) Run { int64_t from, to, size, zeros; };
 
 struct Call {

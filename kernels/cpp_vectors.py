@@ -131,7 +131,7 @@ template <int AHEAD = 0, class T> INLINE void copy(const T* from, int64_t size, 
   for (; k < size; ++k) to[k] = to_float(from[k]);
 }
 
-// Copies BYTES past the caches where that can be, for what is large and not read soon; `streamed()` ends a series of them.
+// Copies BYTES past the caches where that can be, for what is large and not read soon; `streamed()` ends a series.
 template <int BYTES> INLINE void stream(const void* from, void* to) {
 #if defined(__AVX__)
   typedef long long part_t __attribute__((vector_size(32)));

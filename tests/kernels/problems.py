@@ -13,6 +13,7 @@ FLOAT = (torch.float32, torch.float32)
 HALF = (torch.bfloat16, torch.bfloat16)
 AUTOCAST = (torch.bfloat16, torch.float32)
 FLOAT16 = (torch.float16, torch.float16)
+FEW = 64  # entries: of so few the dense error may be small by luck
 
 
 @dataclass
@@ -60,9 +61,17 @@ class Problem:
         dense_bias = None if self.bias is None else self.bias.to(self.x.dtype)
         dense_z = F.linear(self.x, self._masked_weight(), dense_bias)
         assert y.dtype == self.x.dtype
-        within_budget(y, reference.activate(dense_z, activation), exact[0], magnitude=exact[1])  # gelu is a part of z
+        _, summed = reference.linear(
+            self.x.double().abs(),
+            self.weight.double().abs(),
+            None if bias is None else bias.abs(),
+            self.mask,
+            self.block,
+        )
+        magnitude = summed if summed.numel() < FEW else exact[1]  # gelu is a part of z
+        within_budget(y, reference.activate(dense_z, activation), exact[0], magnitude=magnitude)
         if activation.startswith("gelu"):
-            within_budget(z, dense_z, exact[1])
+            within_budget(z, dense_z, exact[1], magnitude=magnitude)
         else:
             assert z.numel() == 0
 
@@ -71,13 +80,16 @@ class Problem:
         exact = reference.linear_dgrad(self.grad_z.double(), self.weight.double(), self.mask, self.block)
         grad_x = self.kernels.dgrad(self.grad_z, self.weight, lists, self.block)
         assert grad_x.dtype == self.x.dtype
-        within_budget(grad_x, dense, exact)
+        summed = reference.linear_dgrad(self.grad_z.double().abs(), self.weight.double().abs(), self.mask, self.block)
+        magnitude = summed if summed.numel() < FEW else exact
+        within_budget(grad_x, dense, exact, magnitude=magnitude)
         z = 3 * torch.randn_like(self.x)
         for activation in reference.DIFFERENTIATED:
             grad_before = self.kernels.dgrad(self.grad_z, self.weight, lists, self.block, z, activation)
             assert grad_before.dtype == self.x.dtype
             expected = reference.differentiate(exact, z.double(), activation)
-            within_budget(grad_before, reference.differentiate(dense, z, activation), expected)
+            chained = reference.differentiate(dense, z, activation)
+            within_budget(grad_before, chained, expected, magnitude=magnitude)
 
     def check_wgrad(self, *, rounded: bool = False) -> None:
         """`rounded`: the signals are those of the rounded gradient, as dense products have it."""
@@ -109,14 +121,14 @@ def within_budget(ours: Tensor, dense: Tensor, exact: Tensor, units: int = 4, ma
 
     Errors of so many `units` in the last place of float32, at the size of the result or of a `magnitude`, are not told
     apart: the dense result of a small product may be exact by luck. What sums many products into few entries gives as
-    magnitude the sums of their absolute values. Of fewer than 64 entries in a half type, half a unit in its last place
-    is allowed, as much as the one rounding makes.
+    magnitude the sums of their absolute values. Of few entries in a half type, half a unit in its last place is
+    allowed, as much as the one rounding makes.
     """
     assert ours.shape == exact.shape
     if not exact.numel():
         return
     factor = 10 if ours.dtype == torch.float32 else 1.1
-    few = ours.dtype != torch.float32 and exact.numel() < 64
+    few = ours.dtype != torch.float32 and exact.numel() < FEW
     unit = torch.finfo(ours.dtype).eps / 2 if few else units * torch.finfo(torch.float32).eps
     floor = unit * (exact if magnitude is None else magnitude).abs().max().item()
     ours_error, dense_error = (ours.double() - exact).abs(), (dense.double() - exact).abs()
