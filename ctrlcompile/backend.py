@@ -11,7 +11,7 @@ from torch._inductor.compile_fx import compile_fx
 from torch._inductor.exc import CppCompileError, InductorError, InvalidCxxCompiler
 
 from ctrlcompile import options as backend_options
-from ctrlcompile.passes.fuse_derivative import FuseDerivative
+from ctrlcompile.passes import fuse_derivative
 from ctrlcompile.passes.graph_edit import copy_graph
 from ctrlcompile.region import Region
 
@@ -39,7 +39,7 @@ def ctrlprune(
 def _lower(
     gm: fx.GraphModule, example_inputs: Sequence[Any], static: bool, *, patches: dict[str, Any], strict: bool
 ) -> Callable[..., Any]:
-    patches = {**patches, "post_grad_custom_pre_pass": FuseDerivative(inductor.post_grad_custom_pre_pass)}
+    patches = {**patches, "post_grad_custom_pre_pass": fuse_derivative.after(inductor.post_grad_custom_pre_pass)}
     try:
         compiled: Any = compile_fx(
             copy_graph(gm), list(example_inputs), config_patches=patches, ignore_shape_env=static

@@ -1,7 +1,8 @@
 """Which heads of a region's attentions are live under the present masks, as the flags that the compiled graph takes."""
 
+import weakref
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,7 +30,8 @@ class LiveHeads:
     def __init__(self, coupling: Coupling, attentions: Sequence[str]) -> None:
         self._coupling = coupling
         self._heads = {name: coupling.heads[name] for name in attentions}
-        self._last: tuple[list[tuple[Gate, int]], Live] | None = None  # one value: threads share a region
+        # By the first gate: instances of a class share a region, as threads do. Kept for as long as these gates live.
+        self._found: weakref.WeakKeyDictionary[Gate, tuple[list[Any], Live]] = weakref.WeakKeyDictionary()
 
     def under(self, gates: Sequence[Gate | None]) -> Live:
         """Those under the masks of these gates, which are those of the region's weights.
@@ -37,9 +39,9 @@ class LiveHeads:
         A head is dead where all block rows that feed its values are, and all block columns that read what comes out.
         """
         used = [gate for gate, rows in zip(gates, self._coupling.rows, strict=False) if gate is not None and rows]
-        seen, last = [(gate, gate.updates) for gate in used], self._last
+        seen, last = [(weakref.ref(gate), gate.updates) for gate in used], self._found.get(used[0])
         if last is None or last[0] != seen:
-            last = self._last = seen, self._find(used)
+            last = self._found[used[0]] = seen, self._find(used)
         return last[1]
 
     @on_cpu

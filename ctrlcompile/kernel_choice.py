@@ -22,9 +22,8 @@ from ctrlcompile.blocks import Block
 from ctrlcompile.gate import registry
 from ctrlcompile.kernels import index_lists, isa
 from ctrlcompile.kernels.build import KernelBuildError
-from ctrlcompile.kernels.cpp_rows import backward
 from ctrlcompile.kernels.index_lists import BlockLists
-from ctrlcompile.kernels.reference import DIFFERENTIATED
+from ctrlcompile.kernels.reference import DIFFERENTIATED, backward
 from ctrlcompile.kernels.window import Window, channels_last
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from ctrlcompile import kernel_choice
 from ctrlcompile.blocks import no_room
 from ctrlcompile.gate import registry
-from ctrlcompile.kernels import attention as heads
+from ctrlcompile.kernels import attention as attention_kernel
 from ctrlcompile.kernels import index_lists, reference
 from ctrlcompile.kernels.index_lists import BlockLists, grid_shape
 from ctrlcompile.kernels.window import Window, channels_last
@@ -133,7 +133,7 @@ def attention(
     """`scaled_dot_product_attention` of live heads; see `kernels.attention`."""
     _check_heads(query, key, value, live)
     query, key, value = map(_dense_rows, (query, key, value))
-    return heads.forward(query, key, value, live, is_causal, scale)
+    return attention_kernel.forward(query, key, value, live, is_causal, scale)
 
 
 def attention_backward(
@@ -143,7 +143,7 @@ def attention_backward(
     """The gradients of query, key and value."""
     _check_heads(query, key, value, live)
     grad, query, key, value = map(_dense_rows, (grad, query, key, value))
-    return heads.backward(grad, query, key, value, out, sums, live, is_causal, scale)
+    return attention_kernel.backward(grad, query, key, value, out, sums, live, is_causal, scale)
 
 
 IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {

@@ -287,16 +287,16 @@ def _product_flops(
 
 @register_flop_formula(attention, get_raw=True)
 def _(query, key, value, live, *_, **__) -> int:  # type: ignore[no-untyped-def]
-    return int(_live_share(live) * sdpa_flop_count(query.shape, key.shape, value.shape))
+    return _of_live(live, sdpa_flop_count(query.shape, key.shape, value.shape))
 
 
 @register_flop_formula(attention_backward, get_raw=True)
 def _(grad, query, key, value, out, sums, live, *_, **__) -> int:  # type: ignore[no-untyped-def]
-    return int(2 * _live_share(live) * sdpa_flop_count(query.shape, key.shape, value.shape))
+    return _of_live(live, 2 * sdpa_flop_count(query.shape, key.shape, value.shape))
 
 
-def _live_share(live: Tensor) -> float:
-    return 1.0 if isinstance(live, FakeTensor) else float(live.float().mean())
+def _of_live(live: Tensor, flops: int) -> int:
+    return flops if isinstance(live, FakeTensor) else flops * int(live.sum()) // live.numel()
 
 
 @register_flop_formula(linear, get_raw=True)

@@ -25,8 +25,8 @@ from torch import Tensor
 from ctrlcompile.blocks import LARGEST_SIDE, Block, no_room
 from ctrlcompile.gate import Gate
 from ctrlcompile.kernels import compact, index_lists
-from ctrlcompile.kernels.cpp_rows import backward
 from ctrlcompile.kernels.index_lists import BlockLists
+from ctrlcompile.kernels.reference import backward
 
 ROLES = ("forward", "dgrad", "wgrad")
 KEPT_CALLS = 8  # of a role, until they are taken: those after are not timed

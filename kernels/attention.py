@@ -1,8 +1,8 @@
 """Scaled dot-product attention on a CPU of live heads only, by the framework's own kernels.
 
 A head is dead where nothing that a gate has left alive feeds its values, and nobody reads what comes out. Its values
-are then the same at every position, so that any average of them, which is what comes out, is one of them; and all its
-gradients are zero. Both are written without computing a weight. `live` holds a flag per head.
+are then the same at every position (but where padding or dropout made holes), so that their average, which is what
+comes out, needs no weights; and all its gradients are zero. `live` holds a flag per head.
 """
 
 import itertools
@@ -32,7 +32,7 @@ def forward(
         for whole, part in zip((out, sums), found, strict=True):
             _put(part, together, whole)
     for run in dead:
-        out[:, run] = value[:, run, :1]
+        out[:, run] = value[:, run].mean(2, keepdim=True)
     return out, sums
 
 

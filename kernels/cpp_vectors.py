@@ -135,7 +135,7 @@ template <int AHEAD = 0, class T> INLINE void copy(const T* from, int64_t size, 
 template <int BYTES> INLINE void stream(const void* from, void* to) {
 #if defined(__AVX__)
   typedef long long part_t __attribute__((vector_size(32)));
-  if (BYTES % 32 == 0 && ((uintptr_t)to & 31) == 0) {
+  if (BYTES % 64 == 0 && ((uintptr_t)to & 63) == 0) {  // whole lines: parts of one would each go by themselves
     UNROLL for (int b = 0; b < BYTES; b += 32) {
       part_t part;
       std::memcpy(&part, (const char*)from + b, sizeof part);

@@ -15,12 +15,12 @@ from torch import Tensor
 
 from . import cpp_window, cpu_product
 from .build import KernelBuildError as KernelBuildError
-from .cpp_rows import backward
 from .cpp_window import Phase, Size, Taps
 from .cpu_product import Block
 from .cpu_product import sources as sources
 from .cpu_product import supported as supported
 from .index_lists import BlockLists
+from .reference import backward
 from .window import Window, channels_last
 
 

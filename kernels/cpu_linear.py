@@ -8,11 +8,11 @@ from torch import Tensor
 
 from . import cpp_window, cpu_product
 from .build import KernelBuildError as KernelBuildError
-from .cpp_rows import backward
 from .cpu_product import Block, Geometry
 from .cpu_product import sources as sources
 from .cpu_product import supported as supported
 from .index_lists import BlockLists
+from .reference import backward
 
 
 def forward(

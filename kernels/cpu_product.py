@@ -42,7 +42,7 @@ def rows(
 ) -> None:  # fmt: skip
     """Writes y, and z where the activation needs it: a sum over the listed blocks for each block of outputs.
 
-    Of an activation's backward pass (`cpp_rows.backward`) z is read, not written. It lies in memory as y does.
+    Of an activation's backward pass (`reference.backward`) z is read, not written. It lies in memory as y does.
     `geometry` says where the rows of y and their inputs lie (`cpp_window.geometry`); `lists` are the offsets, indices
     and order of the blocks of `block`, `(outputs, inputs)`, that each block of outputs sums over. The weight is
     `[groups * outputs, inputs, taps]`, each list names inputs of its own group; or, where `shared`,

@@ -20,6 +20,8 @@ from .window import Window
 ACTIVATIONS = ("none", "relu", "gelu", "gelu_tanh")
 DIFFERENTIATED = ("gelu", "gelu_tanh")  # the activations whose backward pass an input gradient can end with
 
+BACKWARD = "_backward"  # ends what kernels call the backward pass of an activation, see `backward`
+
 
 def linear(
     x: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor, block: tuple[int, int], activation: str = "none"
@@ -172,6 +174,11 @@ def activate(z: Tensor, activation: str) -> Tensor:
     if activation == "gelu_tanh":
         return F.gelu(z, approximate="tanh")
     raise ValueError(f"unknown activation {activation!r}; allowed are {', '.join(ACTIVATIONS)}")
+
+
+def backward(activation: str) -> str:
+    """What a kernel is told to do last that multiplies an input gradient by the slope of an activation."""
+    return activation + BACKWARD
 
 
 def differentiate(grad_y: Tensor, z: Tensor, activation: str, out: Tensor | None = None) -> Tensor:

@@ -20,8 +20,9 @@ from torch import Tensor
 
 from . import triton_launch, triton_tune
 from .index_lists import BlockLists
+from .reference import backward
 from .triton_linear import supported as supported
-from .triton_rows import BACKWARD, Rows
+from .triton_rows import Rows
 from .triton_wgrad import Wgrad
 from .window import Window
 
@@ -58,7 +59,7 @@ def dgrad(
     weight `[O, I/groups, *taps]`; grad_z, the result and the z of the layer before this one are channels-last.
     """
     shape, device = tuple(weight.shape), grad_z.device
-    kernel = _dgrad_kernel(grad_z.dtype, block, shape, window, "none" if z is None else activation + BACKWARD)
+    kernel = _dgrad_kernel(grad_z.dtype, block, shape, window, "none" if z is None else backward(activation))
     grad_x = _new(grad_z, weight.shape[1] * window.groups, input_size)
     sizes = _sizes("dgrad", grad_z.shape[0], input_size, shape, window)
     tile = triton_tune.choose(kernel, *sizes, False, device, input_size)

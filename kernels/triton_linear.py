@@ -18,7 +18,8 @@ from torch import Tensor
 from . import triton_launch, triton_rows, triton_tune
 from .build import KernelBuildError as KernelBuildError
 from .index_lists import BlockLists
-from .triton_rows import BACKWARD, Rows
+from .reference import backward
+from .triton_rows import Rows
 from .triton_wgrad import Wgrad
 
 Block = tuple[int, int]
@@ -70,7 +71,7 @@ def dgrad(
 
     z, of the layer before this one, is contiguous `[M, K]` in grad_z's dtype.
     """
-    kernel = _dgrad_kernel(grad_z.dtype, block, weight.shape[0], "none" if z is None else activation + BACKWARD)
+    kernel = _dgrad_kernel(grad_z.dtype, block, weight.shape[0], "none" if z is None else backward(activation))
     grad_x = grad_z.new_empty(grad_z.shape[0], weight.shape[1])
     order = (lists.ccol_indices, lists.row_indices, lists.column_order)
     _rows(kernel, grad_z, weight, None, order, grad_x, grad_x if z is None else z)

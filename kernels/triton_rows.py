@@ -20,13 +20,12 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from .reference import DIFFERENTIATED
+from .reference import BACKWARD, DIFFERENTIATED
 from .triton_device import Device, shortlist
 from .triton_window import STILL, Walk
 from .window import Window
 
 DTYPES = {torch.float16: "float16", torch.bfloat16: "bfloat16", torch.float32: "float32"}
-BACKWARD = "_backward"  # ends the name of an activation whose backward pass an input gradient ends with
 _SIZES = [(16, 4), (32, 4), (64, 4), (128, 4), (128, 8), (256, 4), (256, 8)]  # rows of x, warps
 _EXPECTED_DENSITY = 0.4  # for the model that ranks tiles
 

@@ -316,7 +316,7 @@ _ACTIVATIONS = {
     ],
     # s + z s (1 - s) 2 du/dz with s = (1 + tanh u) / 2. Beyond 8 there is only 0 or 1, but powers may be infinite.
     "gelu_tanh_backward": [
-        "near = tl.minimum(tl.maximum(z_part, -8.0), 8.0)",
+        "near = tl.where(z_part > 8, 8.0, tl.where(z_part < -8, -8.0, z_part))",  # a NaN stays one
         "e = tl.exp(-near * (1.5957691216057308 + 0.0713548162726 * near * near))",
         "s = 1 / (1 + e)",
         "acc *= s + near * (1.5957691216057308 + 0.2140644488178 * near * near) * (e * s) * s",

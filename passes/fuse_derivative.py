@@ -5,49 +5,67 @@ what the other has saved: the gradient is written, read again and written once m
 are in registers; where a block column is dead there is nothing to multiply.
 """
 
+import functools
 from typing import Any
 
 from torch import fx
-from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
+from torch._inductor import custom_graph_pass
+from torch._inductor.decomposition import select_decomp_table
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from ctrlcompile import ops
+from ctrlcompile.kernels import reference
 from ctrlcompile.passes.graph_edit import COPIED_META
 
 KEPT_META = ("val", "tensor_meta", *COPIED_META)
 
 
-class FuseDerivative(CustomGraphPass):
+class FuseDerivative(custom_graph_pass.CustomGraphPass):
     """`activation_backward(linear_dgrad(grad), z)` becomes one `linear_dgrad`, likewise of a convolution.
 
     It is the one pass that cannot work on Dynamo's graph, which has no backward pass yet: Inductor runs it on each of
-    its graphs. `before` is what Inductor was already told to run there.
+    its graphs. Elsewhere `activation_backward` becomes what Inductor takes gelu's to be, and joins with its neighbours.
     """
 
-    def __init__(self, before: Any = None) -> None:
-        self.before = before
-
     def __call__(self, graph: fx.Graph) -> None:
-        if self.before is not None:
-            self.before(graph)
         fuse_derivative(graph)
 
     def uuid(self) -> Any:
-        """What Inductor's cache tells this pass by; None, as the other's, where graphs must not be cached."""
-        if self.before is None:
-            return get_hash_for_files((__file__,))
-        theirs = self.before.uuid() if isinstance(self.before, CustomGraphPass) else None
-        return None if theirs is None else (theirs, get_hash_for_files((__file__,)))
+        """What Inductor's cache tells this pass by."""
+        return custom_graph_pass.get_hash_for_files((__file__,))
+
+
+def after(theirs: Any) -> Any:
+    """Inductor's setting for custom passes, such as `post_grad_custom_pre_pass`, with ours after those of the user.
+
+    Where Inductor takes one pass only (before PyTorch 2.13) the user's stays alone: ours makes nothing right or wrong.
+    """
+    if theirs is None:
+        return FuseDerivative()
+    if not hasattr(custom_graph_pass, "get_custom_graph_passes"):
+        return theirs
+    return [*(theirs if isinstance(theirs, (list, tuple)) else [theirs]), FuseDerivative()]
 
 
 def fuse_derivative(graph: fx.Graph) -> None:
     """Changes a graph of ATen operators in place; see `FuseDerivative`."""
     for node in graph.find_nodes(op="call_function", target=ops.activation_backward.default):
         call, z, activation = node.args
-        if call.target not in (ops.linear_dgrad.default, ops.conv_dgrad.default) or len(call.users) > 1 or call.kwargs:
-            continue
+        gradient = call.target in (ops.linear_dgrad.default, ops.conv_dgrad.default)
         with graph.inserting_before(node):
-            fused = graph.call_function(call.target, call.args, {"z": z, "activation": activation})
-        fused.meta.update({key: node.meta[key] for key in KEPT_META if key in node.meta})
-        node.replace_all_uses_with(fused)
+            if gradient and len(call.users) == 1 and not call.kwargs:
+                result = graph.call_function(call.target, call.args, {"z": z, "activation": activation})
+                result.meta.update({key: node.meta[key] for key in KEPT_META if key in node.meta})
+            else:
+                result = _decomposed(graph, call, z, activation)
+        node.replace_all_uses_with(result)
         graph.erase_node(node)
-        graph.erase_node(call)
+        if not call.users:
+            graph.erase_node(call)
+
+
+def _decomposed(graph: fx.Graph, grad: fx.Node, z: fx.Node, activation: str) -> Any:
+    differentiate = functools.partial(reference.differentiate, activation=activation)
+    traced = make_fx(differentiate, select_decomp_table())(grad.meta["val"], z.meta["val"])
+    inputs = dict(zip(traced.graph.find_nodes(op="placeholder"), (grad, z), strict=True))
+    return graph.graph_copy(traced.graph, inputs)

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from ctrlcompile import ops
 from ctrlcompile.passes.gate_nodes import with_first_output
@@ -57,6 +58,7 @@ def is_attention(node: fx.Node) -> bool:
     plain = argument(node, 3, "attn_mask") is None and argument(node, 4, "dropout_p", 0.0) == 0
     causal = argument(node, 5, "is_causal", False)
     alike = query.dtype == key.dtype == value.dtype and query.shape[-1] == key.shape[-1] == value.shape[-1]
+    alike = alike and all(statically_known_true(query.shape[0] == other.shape[0]) for other in (key, value))
     heads = [tensor.shape[1] for tensor in (query, key, value)] if query.dim() == key.dim() == value.dim() == 4 else []
     known = all(isinstance(count, int) and count == heads[0] > 1 for count in heads) and bool(heads)
     if not (plain and isinstance(causal, bool) and alike and known and query.is_cpu):

@@ -117,6 +117,7 @@ class Other(nn.Module):
 OTHERS = {
     "a mask": lambda q, k, v, mask: F.scaled_dot_product_attention(q, k, v, attn_mask=mask),
     "one head for all": lambda q, k, v, mask: F.scaled_dot_product_attention(q, k[:, :1], v[:, :1], enable_gqa=True),
+    "one query for all": lambda q, k, v, mask: F.scaled_dot_product_attention(q[:1], k, v),
     "read by others": lambda q, k, v, mask: F.scaled_dot_product_attention(q, k, v),
 }
 
@@ -143,15 +144,18 @@ def test_instances_and_sizes_have_their_own_heads(computed):
             assert sum(computed["backward"]) == heads
 
 
-def test_it_runs_under_autocast_and_without_gradients():
+def test_it_runs_under_autocast_and_without_gradients(computed):
     model = Model()
     gates = cc.gates(model, 8)
     kill(gates, 1)
     run, x = torch.compile(model, backend="ctrlprune"), torch.randn(2, TIME, 40)
     with torch.no_grad():
         torch.testing.assert_close(run(x), model(x), rtol=1e-4, atol=1e-5)
+    assert sum(computed["forward"]) == HEADS - 1
+    computed["forward"].clear()
     with torch.autocast("cpu", torch.bfloat16):
         torch.testing.assert_close(run(x), model(x), rtol=5e-2, atol=2e-2)
+    assert sum(computed["forward"]) == HEADS - 1
 
 
 def test_what_is_skipped_is_neither_used_nor_fixed():
@@ -169,6 +173,10 @@ def test_what_is_skipped_is_neither_used_nor_fixed():
     dense = 3 * 2 * 2 * 2 * HEADS * TIME * TIME * SIDE  # forward and two gradients, two products, 2 per multiply-add
     assert before.dense == after.dense
     assert before.fixed - after.fixed == pytest.approx(dense / HEADS)
+    switched = sum(flops * (1 - gate.active_share) for gate, flops in after.gated.items())
+    probes = after.used - (after.fixed + sum(after.gated.values()) - switched)
+    assert 0 <= probes <= sum(after.gated.values()) / 3
+    assert before.used == before.dense
     explained = cc.explain(run)(x)
     assert explained.flops == pytest.approx(sum(row.flops for row in explained.rows) + dense * (HEADS - 1) / HEADS)
 

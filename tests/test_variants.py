@@ -8,7 +8,7 @@ import torch
 import ctrlcompile as cc
 from ctrlcompile import kernel_choice, variants
 from ctrlcompile.kernels import index_lists
-from ctrlcompile.kernels.cpp_rows import backward
+from ctrlcompile.kernels.reference import backward
 from ctrlcompile.kernels.window import Window
 from ctrlcompile.variants import BLOCK_SPARSE, COMPACT, DENSE, Variant
 

@@ -68,7 +68,7 @@ class Explanation(tables.Shown):
         rows: one per layer that ran, then those that did not.
         graphs: one per compiled graph that ran, before and after each pass.
         dense_flops: of the whole training step, dense: every matrix product, gated or not.
-        flops: of the same at the present densities, and without the heads of attention that nobody reads.
+        flops: of the same at the present densities, without the dead heads of attention.
         model_error: median of |predicted / measured - 1| of what variants were predicted to take; None before any
             prediction could be checked.
     """

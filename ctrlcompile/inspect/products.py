@@ -17,6 +17,7 @@ from torch import Tensor
 from ctrlcompile import calls, kernel_choice, op_calls
 from ctrlcompile.gate import Gate
 from ctrlcompile.kernels import dense_conv
+from ctrlcompile.kernels.reference import backward
 from ctrlcompile.kernels.window import Window
 
 ROLES = tuple(calls.ROLES.values())
@@ -146,7 +147,7 @@ class Product:
     @property
     def _activation(self) -> str:
         activation: str = self.arguments.get("activation", "none")
-        return activation
+        return backward(activation) if self.role == "dgrad" and activation != "none" else activation
 
     def _moving(self) -> Layout:
         return self.arguments["x" if self.role == "forward" else "grad"]

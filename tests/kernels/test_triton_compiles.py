@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from ctrlcompile.kernels import triton_rows, triton_wgrad
+from ctrlcompile.kernels.reference import backward
 from ctrlcompile.kernels.triton_device import A100, B200, H100
 from ctrlcompile.kernels.triton_rows import Rows
 from ctrlcompile.kernels.triton_wgrad import Wgrad
@@ -28,7 +29,7 @@ GROUPED = {"taps": (3, 3), "window": Window((1, 1), ((1, 1), (1, 1)), (1, 1), 2)
 
 def kernels(block, dtype, precision="ieee", **convolution):
     out, into = block
-    activation, last = ("relu", "none") if convolution else ("gelu", "gelu" + triton_rows.BACKWARD)
+    activation, last = ("relu", "none") if convolution else ("gelu", backward("gelu"))
     return {
         "forward": Rows(out, into, True, dtype, activation, True, False, precision, **convolution),
         "dgrad": Rows(into, out, False, dtype, last, precision=precision, **convolution),

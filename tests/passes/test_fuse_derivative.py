@@ -5,12 +5,14 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch._inductor import config as inductor
+from torch._inductor import custom_graph_pass
 from torch.utils.checkpoint import checkpoint
 
+import ctrlcompile as cc
 from ctrlcompile import ops
 from ctrlcompile.passes.fuse_derivative import FuseDerivative
 
-from ..small_models import assert_like_plain, compiled_and_pruned
+from ..small_models import assert_like_plain, compiled_and_pruned, random_mask
 
 
 class MLP(nn.Module):
@@ -78,8 +80,7 @@ def test_it_moves_where_nobody_else_reads_the_gradient(graphs, body, expected):
     gates["fc2.weight"].update_(gates["fc2.weight"].mask.index_fill(1, torch.tensor([2]), False))  # a dead column
     assert_like_plain(run, model, torch.randn(3, 7, 40), gates=gates)
     assert fused(graphs) == [False, expected]
-    alone = sum(node.target is ops.activation_backward.default for nodes in graphs for node in nodes)
-    assert alone == (not expected and body is not relu)
+    assert not [node for nodes in graphs for node in nodes if node.target is ops.activation_backward.default]
 
 
 @pytest.mark.parametrize("settings", [{"padding": 1}, {"padding": 1, "stride": 2}, {"groups": 2}], ids=str)
@@ -106,18 +107,43 @@ def test_it_is_right_for_any_batch_and_under_autocast(graphs):
         torch.testing.assert_close(mine, other, rtol=5e-2, atol=2e-2)
 
 
-def test_what_inductor_was_told_to_run_before_still_runs(graphs):
+@pytest.mark.parametrize("kind", ["one", "list", "aware"])
+@pytest.mark.skipif(not hasattr(custom_graph_pass, "get_custom_graph_passes"), reason="Inductor takes one pass only")
+def test_what_inductor_was_told_to_run_before_still_runs(graphs, kind):
     seen = []
+
+    class Aware(custom_graph_pass.CustomInferenceAwareGraphPass):
+        def __call__(self, graph, is_inference):
+            seen.append(is_inference)
+
+        def uuid(self):
+            return "aware"
+
     model = MLP(plain)
     run, gates = compiled_and_pruned(model)
-    with inductor.patch(post_grad_custom_pre_pass=seen.append):
+    theirs = Aware() if kind == "aware" else seen.append
+    with inductor.patch(post_grad_custom_pre_pass=[theirs] if kind == "list" else theirs):
         assert_like_plain(run, model, torch.randn(3, 40), gates=gates)
     assert len(seen) == 2
     assert fused(graphs) == [False, True]
 
 
-def test_a_cached_graph_is_told_from_one_of_another_pass():
-    alone = FuseDerivative().uuid()
-    assert alone == FuseDerivative().uuid()
-    assert FuseDerivative(FuseDerivative()).uuid() not in (None, alone)
-    assert FuseDerivative(lambda graph: None).uuid() is None  # what cannot be told apart is not cached
+def test_graphs_can_be_cached():
+    assert FuseDerivative().uuid() == FuseDerivative().uuid() is not None
+
+
+@pytest.mark.parametrize("activation", ["gelu", "gelu_tanh"])
+def test_the_operators_keep_the_rules_of_operators(activation):
+    model = nn.Linear(40, 24)
+    gate = cc.gates(model, 8)["weight"]
+    gate.update_(random_mask(gate.grid))
+    grad, z = torch.randn(5, 24), torch.randn(5, 40)
+    given = (grad, model.weight.detach(), list(gate.inputs[1:-1]), 8, 8, z, activation)
+    torch.library.opcheck(ops.linear_dgrad.default, given)
+    torch.library.opcheck(ops.activation_backward.default, (z, torch.randn(5, 40), activation))
+    with pytest.raises(
+        ValueError, match=r"z is torch.float32 of shape \(5, 40\); got torch.float32 of shape \(4, 40\)"
+    ):
+        ops.linear_dgrad(*given[:5], z[:4], activation)
+    with pytest.raises(ValueError, match="activation is one of"):
+        ops.activation_backward(z, z, "relu")
