@@ -59,8 +59,10 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None, window: Window) -> T
     moves = (window.stride, common, window.dilation, False, _none(window), window.groups)
     bias = None if bias is None else bias.to(x.dtype)
     # oneDNN (in PyTorch 2.13) crashes on some channels-last images where all taps lie in the padding: with a bias, and
-    # in half types. In float32 without a bias it does not.
-    unsafe = x.device.type == "cpu" and window.misses(tuple(x.shape[2:]), tuple(weight.shape[2:]))
+    # in half types. In float32 without a bias it does not. In bfloat16 it is wrong where strides leave one position.
+    size, taps = tuple(x.shape[2:]), tuple(weight.shape[2:])
+    narrow = any(out == 1 < step for out, step in zip(window.output_size(size, taps), window.stride, strict=True))
+    unsafe = x.device.type == "cpu" and (window.misses(size, taps) or (narrow and x.dtype != torch.float32))
     dtype = torch.promote_types(x.dtype, torch.float32) if unsafe else x.dtype
     padded = channels_last(F.pad(x, more)) if any(more) else x
     z = torch.ops.aten.convolution(padded.to(dtype), weight.to(dtype), None if unsafe else bias, *moves)
