@@ -21,7 +21,7 @@ from ctrlcompile.blocks import Block
 from ctrlcompile.controller.coupling import Coupled, Coupling
 from ctrlcompile.controller.host import on_cpu
 from ctrlcompile.gate import Gate, registry
-from ctrlcompile.heads import LiveHeads, that_may_die
+from ctrlcompile.heads import Live, LiveHeads, that_may_die
 from ctrlcompile.layers import find_layers
 from ctrlcompile.options import Options
 from ctrlcompile.passes import Change, passes_for, run
@@ -47,9 +47,9 @@ class Variant:
     changes: tuple[Change, ...]
     activations: dict[str, str]
 
-    def live_shares(self, gates: Sequence[Gate | None]) -> dict[str, float]:
-        """The part of its heads that each attention computes, by node, where it may skip some."""
-        return {} if self.heads is None else self.heads.under(gates).shares
+    def live(self, gates: Sequence[Gate | None]) -> Live:
+        """The heads that are live under these gates' masks, of the attentions that may skip some."""
+        return Live([], {}) if self.heads is None else self.heads.under(gates)
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ class Visit:
     def used_flops(self) -> float:
         """Of a training step in this region, at the present masks and probes."""
         used = cost.used_flops(self.cost, self.region.gates_by_layer(self.gates))
-        return used - self.cost.skipped(self.variant.live_shares(self.gates))
+        return used - self.cost.skipped(self.variant.live(self.gates).shares)
 
 
 class Region:
@@ -87,6 +87,7 @@ class Region:
     def __call__(self, *args: Any) -> Any:
         gates = self._gates(args)
         variant = self._variants.get(_division(gates)) or self._late_variant(gates, args)
+        live = variant.live(gates)
         if _watcher.visits is not None:
             parameters = tuple(args[weight.position] for weight in self.weights)
             _watcher.visits.append(Visit(self, variant, parameters, tuple(gates), self._bind(args)))
@@ -96,7 +97,7 @@ class Region:
                 if layer.normalised and gate is not None and layer.transposed == gate.transposed:
                     gate.normalised = True
             bound = self._bind(args)
-            cost.meter.record(bound, gated, self._coupled(gates), bound.skipped(variant.live_shares(gates)))
+            cost.meter.record(bound, gated, self._coupled(gates), bound.skipped(live.shares))
             for log in tuple(run_log.graphless):
                 log.see(variant.changes[-1].outlines[1], self.gates_by_node(gates))
         inputs: list[Tensor] = []
@@ -104,9 +105,7 @@ class Region:
             gate = gates[index]
             assert gate is not None  # the variant was built for this division
             inputs.extend(gate.inputs)
-        if variant.heads is not None:
-            inputs.extend(variant.heads.under(gates).flags)
-        return variant.run(*args, *inputs)
+        return variant.run(*args, *inputs, *live.flags)
 
     def _gates(self, args: Sequence[Any]) -> list[Gate | None]:
         if not _watcher.gated:

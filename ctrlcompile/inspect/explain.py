@@ -180,7 +180,7 @@ def _explanation(module: nn.Module, visits: list[Visit]) -> Explanation:
             reason = "not in a compiled graph that these inputs reach"
             rows.append(Row(name, prefix, tuple(weight.shape), False, reason, None, 1.0, "not compiled", 0.0, 0.0, ""))
     saved = sum(row.dense_flops - row.flops for row in rows)
-    saved += sum(visit.cost.skipped(visit.variant.live_shares(visit.gates)) for visit in visits)
+    saved += sum(visit.cost.skipped(visit.variant.live(visit.gates).shares) for visit in visits)
     graphs = tuple(Graph(visit.variant.changes, _densities(visit)) for visit in visits)
     return Explanation(tuple(rows), graphs, dense_flops, dense_flops - saved, respecialize.model_error())
 
