@@ -191,7 +191,7 @@ class _Account:
 
     dense: float = 0.0
     used: float = 0.0
-    skipped: float = 0.0  # of attention, for dead heads
+    skipped: float = 0.0  # of attention, for heads that need no weights
     gated: dict[Gate, float] = field(default_factory=dict)
     coupled: set[Coupled] = field(default_factory=set)
     closed: bool = False  # the optimizer step that this belongs to has been

@@ -1,4 +1,4 @@
-"""Which heads of a region's attentions are live under the present masks, as the flags that the compiled graph takes."""
+"""Of which kind the heads of a region's attentions are under the present masks: what the compiled graph is told."""
 
 import weakref
 from collections.abc import Sequence
@@ -7,20 +7,22 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ctrlcompile.controller.coupling import Coupling, Sets
+from ctrlcompile.controller.coupling import Coupling, Heads
 from ctrlcompile.controller.host import on_cpu
 from ctrlcompile.gate import Gate
+from ctrlcompile.kernels.attention import DEAD, LIVE, UNIFORM
 
 
-class Live(NamedTuple):
-    """What is live under some masks: bool `[heads]` for each attention, and the part of them that is, by node."""
+class Kinds(NamedTuple):
+    """Under some masks, the kind of each head, uint8 `[heads]` for each attention, and the live part of them, by
+    node."""
 
     flags: list[Tensor]
-    shares: dict[str, float]
+    live_shares: dict[str, float]
 
 
-class LiveHeads:
-    """The live heads of some attentions of a region, found anew when a mask has changed.
+class HeadKinds:
+    """The kinds of the heads of some attentions of a region, found anew when a mask has changed.
 
     Args:
         coupling: of the region's gates.
@@ -31,12 +33,13 @@ class LiveHeads:
         self._coupling = coupling
         self._heads = {name: coupling.heads[name] for name in attentions}
         # By the first gate: instances of a class share a region, as threads do. Kept for as long as these gates live.
-        self._found: weakref.WeakKeyDictionary[Gate, tuple[list[Any], Live]] = weakref.WeakKeyDictionary()
+        self._found: weakref.WeakKeyDictionary[Gate, tuple[list[Any], Kinds]] = weakref.WeakKeyDictionary()
 
-    def under(self, gates: Sequence[Gate | None]) -> Live:
+    def under(self, gates: Sequence[Gate | None]) -> Kinds:
         """Those under the masks of these gates, which are those of the region's weights.
 
-        A head is dead where all block rows that feed its values are, and all block columns that read what comes out.
+        A head is dead where all block rows that feed its values are, and all block columns that read what comes out;
+        else it is uniform where all block rows that feed its queries and keys are dead.
         """
         used = [gate for gate, rows in zip(gates, self._coupling.rows, strict=False) if gate is not None and rows]
         seen, last = [(weakref.ref(gate), gate.updates) for gate in used], self._found.get(used[0])
@@ -45,19 +48,25 @@ class LiveHeads:
         return last[1]
 
     @on_cpu
-    def _find(self, gates: Sequence[Gate]) -> Live:
+    def _find(self, gates: Sequence[Gate]) -> Kinds:
         masks = [gate.mask.t() if gate.transposed else gate.mask for gate in gates]
         rows, columns = torch.cat([mask.any(1) for mask in masks]), torch.cat([mask.any(0) for mask in masks])
-        found = [~(values.cut_off(rows) & outputs.cut_off(columns)) for values, outputs in self._heads.values()]
-        return Live(found, {name: float(flags.float().mean()) for name, flags in zip(self._heads, found, strict=True)})
+        found = {name: _kinds(heads, rows, columns) for name, heads in self._heads.items()}
+        return Kinds(
+            list(found.values()), {name: float((kinds == LIVE).float().mean()) for name, kinds in found.items()}
+        )
 
 
-def that_may_die(coupling: Coupling | None) -> list[str]:
-    """The attentions of which some head could ever be dead."""
-    heads = {} if coupling is None else coupling.heads
-    return [name for name, (values, outputs) in heads.items() if bool((_switched(values) & _switched(outputs)).any())]
+def _kinds(heads: Heads, rows: Tensor, columns: Tensor) -> Tensor:
+    kinds = torch.full((heads.values.of.numel(),), LIVE, dtype=torch.uint8)
+    kinds[heads.weights.cut_off(rows)] = UNIFORM
+    kinds[heads.values.cut_off(rows) & heads.outputs.cut_off(columns)] = DEAD
+    return kinds
 
 
-def _switched(sets: Sets) -> Tensor:
-    """bool [n]: targets that would be cut off if no member were alive."""
-    return sets.cut_off(torch.zeros(int(sets.members.max()) + 1 if sets.members.numel() else 0, dtype=torch.bool))
+def that_may_rest(coupling: Coupling | None) -> list[str]:
+    """The attentions of which some head is not live if no block is."""
+    if coupling is None:
+        return []
+    rows, columns = (torch.zeros(sum(counts), dtype=torch.bool) for counts in (coupling.rows, coupling.columns))
+    return [name for name, heads in coupling.heads.items() if bool((_kinds(heads, rows, columns) != LIVE).any())]

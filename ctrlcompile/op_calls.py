@@ -128,22 +128,22 @@ def activation_backward(grad: Tensor, z: Tensor, activation: str) -> Tensor:
 
 
 def attention(
-    query: Tensor, key: Tensor, value: Tensor, live: Tensor, is_causal: bool, scale: float | None
+    query: Tensor, key: Tensor, value: Tensor, kinds: Tensor, is_causal: bool, scale: float | None
 ) -> tuple[Tensor, Tensor]:
-    """`scaled_dot_product_attention` of live heads; see `kernels.attention`."""
-    _check_heads(query, key, value, live)
+    """`scaled_dot_product_attention` by the kinds of its heads; see `kernels.attention`."""
+    _check_heads(query, key, value, kinds)
     query, key, value = map(_dense_rows, (query, key, value))
-    return attention_kernel.forward(query, key, value, live, is_causal, scale)
+    return attention_kernel.forward(query, key, value, kinds, is_causal, scale)
 
 
 def attention_backward(
-    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, sums: Tensor, live: Tensor, is_causal: bool,
+    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, sums: Tensor, kinds: Tensor, is_causal: bool,
     scale: float | None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """The gradients of query, key and value."""
-    _check_heads(query, key, value, live)
+    _check_heads(query, key, value, kinds)
     grad, query, key, value = map(_dense_rows, (grad, query, key, value))
-    return attention_kernel.backward(grad, query, key, value, out, sums, live, is_causal, scale)
+    return attention_kernel.backward(grad, query, key, value, out, sums, kinds, is_causal, scale)
 
 
 IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {
@@ -218,13 +218,13 @@ def _check_z(z: Tensor, activation: str, shape: Sequence[int], grad: Tensor) -> 
         raise ValueError(f"activation is one of {reference.DIFFERENTIATED} where z is given; got {activation!r}")
 
 
-def _check_heads(query: Tensor, key: Tensor, value: Tensor, live: Tensor) -> None:
+def _check_heads(query: Tensor, key: Tensor, value: Tensor, kinds: Tensor) -> None:
     sizes = {(tensor.dim(), tensor.shape[:2], tensor.shape[-1], tensor.dtype) for tensor in (query, key, value)}
     if len(sizes) > 1 or query.dim() != 4 or key.shape != value.shape:
         shapes = ", ".join(f"{tensor.dtype} {tuple(tensor.shape)}" for tensor in (query, key, value))
         raise ValueError(f"query, key and value are [N, heads, length, features] of one type; got {shapes}")
-    if live.shape != query.shape[1:2] or live.dtype != torch.bool:
-        raise ValueError(f"live is bool [{query.shape[1]}]; got {live.dtype} of shape {tuple(live.shape)}")
+    if kinds.shape != query.shape[1:2] or kinds.dtype != torch.uint8:
+        raise ValueError(f"kinds is uint8 [{query.shape[1]}]; got {kinds.dtype} of shape {tuple(kinds.shape)}")
 
 
 def _dense_rows(tensor: Tensor) -> Tensor:

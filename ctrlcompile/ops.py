@@ -20,6 +20,7 @@ from torch.utils.flop_counter import register_flop_formula, sdpa_flop_count
 
 from ctrlcompile import op_calls
 from ctrlcompile.calls import visible
+from ctrlcompile.kernels.attention import LIVE
 from ctrlcompile.kernels.index_lists import BlockLists, expand, mask_of, matrix_block, matrix_shape
 from ctrlcompile.kernels.window import Window, channels_last
 
@@ -53,7 +54,7 @@ _library.define(
 _library.define(
     f"conv_wgrad(Tensor grad, Tensor x, Tensor weight, {_GATED}, {_WINDOW}) -> (Tensor grad_weight, Tensor signals)"
 )
-_HEADS = "Tensor live, bool is_causal, float? scale"  # live: a flag per head, see `kernels.attention`
+_HEADS = "Tensor kinds, bool is_causal, float? scale"  # kinds: one for each head, see `kernels.attention`
 _library.define(f"attention(Tensor query, Tensor key, Tensor value, {_HEADS}) -> (Tensor out, Tensor sums)")
 _library.define(
     f"attention_backward(Tensor grad, Tensor query, Tensor key, Tensor value, Tensor out, Tensor sums, {_HEADS})"
@@ -140,7 +141,7 @@ def _(grad, z, activation):  # type: ignore[no-untyped-def]
 
 
 @torch.library.register_fake("ctrlprune::attention", lib=_library)
-def _(query, key, value, live, is_causal, scale):  # type: ignore[no-untyped-def]
+def _(query, key, value, kinds, is_causal, scale):  # type: ignore[no-untyped-def]
     batch, heads, length, _ = query.shape
     out = query.new_empty(batch, length, heads, value.shape[3]).transpose(1, 2)
     wide = torch.promote_types(query.dtype, torch.float32)
@@ -224,10 +225,10 @@ def _matmul_backward(ctx: Any, grad: Tensor | None) -> tuple[Any, ...]:
 
 
 def _setup_attention(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    query, key, value, live, *ctx.rest = inputs
+    query, key, value, kinds, *ctx.rest = inputs
     ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(query, key, value, *output, live)
+    ctx.save_for_backward(query, key, value, *output, kinds)
 
 
 def _attention_backward(ctx: Any, grad: Tensor | None, _grad_sums: None) -> tuple[Any, ...]:
@@ -286,17 +287,17 @@ def _product_flops(
 
 
 @register_flop_formula(attention, get_raw=True)
-def _(query, key, value, live, *_, **__) -> int:  # type: ignore[no-untyped-def]
-    return _of_live(live, sdpa_flop_count(query.shape, key.shape, value.shape))
+def _(query, key, value, kinds, *_, **__) -> int:  # type: ignore[no-untyped-def]
+    return _of_live(kinds, sdpa_flop_count(query.shape, key.shape, value.shape))
 
 
 @register_flop_formula(attention_backward, get_raw=True)
-def _(grad, query, key, value, out, sums, live, *_, **__) -> int:  # type: ignore[no-untyped-def]
-    return _of_live(live, 2 * sdpa_flop_count(query.shape, key.shape, value.shape))
+def _(grad, query, key, value, out, sums, kinds, *_, **__) -> int:  # type: ignore[no-untyped-def]
+    return _of_live(kinds, 2 * sdpa_flop_count(query.shape, key.shape, value.shape))
 
 
-def _of_live(live: Tensor, flops: int) -> int:
-    return flops if isinstance(live, FakeTensor) else flops * int(live.sum()) // live.numel()
+def _of_live(kinds: Tensor, flops: int) -> int:
+    return flops if isinstance(kinds, FakeTensor) else flops * int((kinds == LIVE).sum()) // kinds.numel()
 
 
 @register_flop_formula(linear, get_raw=True)

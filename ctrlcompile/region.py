@@ -21,7 +21,7 @@ from ctrlcompile.blocks import Block
 from ctrlcompile.controller.coupling import Coupled, Coupling
 from ctrlcompile.controller.host import on_cpu
 from ctrlcompile.gate import Gate, registry
-from ctrlcompile.heads import Live, LiveHeads, that_may_die
+from ctrlcompile.heads import HeadKinds, Kinds, that_may_rest
 from ctrlcompile.layers import find_layers
 from ctrlcompile.options import Options
 from ctrlcompile.passes import Change, passes_for, run
@@ -36,20 +36,20 @@ Division = tuple[Block | None, ...]  # the block of each weight of a region, Non
 
 @dataclass(frozen=True)
 class Variant:
-    """One lowering: the compiled graph, and which weights' gates and which heads it takes after Dynamo's arguments.
+    """One lowering: the compiled graph, and which gates and kinds of heads it takes after Dynamo's arguments.
 
     For people: what each pass changed, and the activation that a gated layer computes, by its node.
     """
 
     run: Callable[..., Any]
     gated: tuple[int, ...]
-    heads: LiveHeads | None
+    heads: HeadKinds | None
     changes: tuple[Change, ...]
     activations: dict[str, str]
 
-    def live(self, gates: Sequence[Gate | None]) -> Live:
-        """The heads that are live under these gates' masks, of the attentions that may skip some."""
-        return Live([], {}) if self.heads is None else self.heads.under(gates)
+    def kinds(self, gates: Sequence[Gate | None]) -> Kinds:
+        """The kinds of the heads under these gates' masks, of the attentions that take them."""
+        return Kinds([], {}) if self.heads is None else self.heads.under(gates)
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ class Visit:
     def used_flops(self) -> float:
         """Of a training step in this region, at the present masks and probes."""
         used = cost.used_flops(self.cost, self.region.gates_by_layer(self.gates))
-        return used - self.cost.skipped(self.variant.live(self.gates).shares)
+        return used - self.cost.skipped(self.variant.kinds(self.gates).live_shares)
 
 
 class Region:
@@ -87,7 +87,7 @@ class Region:
     def __call__(self, *args: Any) -> Any:
         gates = self._gates(args)
         variant = self._variants.get(_division(gates)) or self._late_variant(gates, args)
-        live = variant.live(gates)
+        kinds = variant.kinds(gates)
         if _watcher.visits is not None:
             parameters = tuple(args[weight.position] for weight in self.weights)
             _watcher.visits.append(Visit(self, variant, parameters, tuple(gates), self._bind(args)))
@@ -97,7 +97,7 @@ class Region:
                 if layer.normalised and gate is not None and layer.transposed == gate.transposed:
                     gate.normalised = True
             bound = self._bind(args)
-            cost.meter.record(bound, gated, self._coupled(gates), bound.skipped(live.shares))
+            cost.meter.record(bound, gated, self._coupled(gates), bound.skipped(kinds.live_shares))
             for log in tuple(run_log.graphless):
                 log.see(variant.changes[-1].outlines[1], self.gates_by_node(gates))
         inputs: list[Tensor] = []
@@ -105,7 +105,7 @@ class Region:
             gate = gates[index]
             assert gate is not None  # the variant was built for this division
             inputs.extend(gate.inputs)
-        return variant.run(*args, *inputs, *live.flags)
+        return variant.run(*args, *inputs, *kinds.flags)
 
     def _gates(self, args: Sequence[Any]) -> list[Gate | None]:
         if not _watcher.gated:
@@ -169,11 +169,11 @@ class Region:
             gm.meta.pop("dynamo_compile_id", None)  # outside Dynamo: no guards to serve, sizes as they are
         blocks = {node: gate.block for node, gate in self.gates_by_node(gates).items()}
         coupled = self._coupled(gates) if self._cost.attentions and blocks else None
-        gm, changes = run(gm, args, passes_for(blocks, that_may_die(coupled and coupled[0])))
+        gm, changes = run(gm, args, passes_for(blocks, that_may_rest(coupled and coupled[0])))
         by_position = {weight.position: index for index, weight in enumerate(self.weights)}
         gated = tuple(by_position[position] for position in gm.meta["gated_weights"])
         attentions = gm.meta["skipped_heads"]
-        heads = LiveHeads(coupled[0], attentions) if coupled and attentions else None
+        heads = HeadKinds(coupled[0], attentions) if coupled and attentions else None
         tensors = [tensor for index in gated if (gate := gates[index]) is not None for tensor in gate.inputs]
         extra = _examples([*tensors, *(heads.under(gates).flags if heads else ())], late)
         nodes = [node for scope in scopes(gm) for node in scope.gm.graph.nodes if "layer" in node.meta]

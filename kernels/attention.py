@@ -1,56 +1,75 @@
-"""Scaled dot-product attention on a CPU of live heads only, by the framework's own kernels.
+"""Scaled dot-product attention on a CPU that computes weights for no head that needs none.
 
-A head is dead where nothing that a gate has left alive feeds its values, and nobody reads what comes out. Its values
-are then the same at every position (but where padding or dropout made holes), so that their average, which is what
-comes out, needs no weights; and all its gradients are zero. `live` holds a flag per head.
+`kinds` says of each head which it is:
+
+- DEAD: nothing that a gate has left alive feeds its values, and nobody reads what comes out. The values are then the
+  same at every position (but where padding or dropout made holes), so what comes out is their average whatever the
+  weights, and all gradients are zero.
+- UNIFORM: nothing feeds its queries and its keys, so that each is the same at every position. All keys then weigh the
+  same, what comes out is the average of the values, in causal attention of those so far, and time grows with the length
+  and not with its square. Gradients are those of attention: the derivative of a softmax sums to zero over the keys, so
+  that where these are constant queries get none.
+- LIVE: any other, for the framework's own kernels.
 """
 
 import itertools
+import math
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+
+DEAD, UNIFORM, LIVE = range(3)
 
 Triple = tuple[Tensor, Tensor, Tensor]
 
 
 def forward(
-    query: Tensor, key: Tensor, value: Tensor, live: Tensor, is_causal: bool, scale: float | None
+    query: Tensor, key: Tensor, value: Tensor, kinds: Tensor, is_causal: bool, scale: float | None
 ) -> tuple[Tensor, Tensor]:
     """What `scaled_dot_product_attention` returns, and the logarithms of its sums for `backward`.
 
-    query `[N, heads, L, E]`, key and value `[N, heads, S, E]`, each with a unit stride along E, live bool `[heads]`
-    on the CPU; returns `[N, heads, L, E]`, which is `[N, L, heads, E]` in memory, and `[N, heads, L]` likewise.
+    query `[N, heads, L, E]`, key and value `[N, heads, S, E]`, each with a unit stride along E, kinds uint8 `[heads]`
+    on the CPU; returns `[N, heads, L, E]`, which is `[N, L, heads, E]` in memory, and `[N, heads, L]` likewise, of live
+    heads.
     """
-    alive, dead = _runs(live)
-    if not dead:
+    runs = _runs(kinds)
+    if not runs[DEAD] and not runs[UNIFORM]:
         return _forward([query, key, value], is_causal, scale)
     batch, heads, length, _ = query.shape
     out = query.new_empty(batch, length, heads, value.shape[3]).transpose(1, 2)
     sums = query.new_zeros(batch, length, heads, dtype=_wide(query)).transpose(1, 2)
-    for together in _parts(alive, batch):
+    for together in _parts(runs[LIVE], batch):
         found = _forward([_taken(tensor, together) for tensor in (query, key, value)], is_causal, scale)
         for whole, part in zip((out, sums), found, strict=True):
             _put(part, together, whole)
-    for run in dead:
+    for run in runs[UNIFORM]:
+        out[:, run] = _averaged(value[:, run], length, is_causal)
+    for run in runs[DEAD]:
         out[:, run] = value[:, run].mean(2, keepdim=True)
     return out, sums
 
 
 def backward(
-    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, sums: Tensor, live: Tensor, is_causal: bool,
+    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, sums: Tensor, kinds: Tensor, is_causal: bool,
     scale: float | None,
 ) -> Triple:  # fmt: skip
-    """Gradients of query, key and value, of which dead heads have none; in memory `[N, L, heads, E]`."""
-    alive, dead = _runs(live)
-    if not dead:
+    """Gradients of query, key and value; in memory `[N, L, heads, E]`."""
+    runs = _runs(kinds)
+    if not runs[DEAD] and not runs[UNIFORM]:
         return _backward([grad, query, key, value, out, sums], is_causal, scale)
     given = (query, key, value)
     whole = tuple(t.new_empty(t.shape[0], t.shape[2], t.shape[1], t.shape[3]).transpose(1, 2) for t in given)
-    for together in _parts(alive, query.shape[0]):
+    for together in _parts(runs[LIVE], query.shape[0]):
         tensors = [_taken(tensor, together) for tensor in (grad, query, key, value, out, sums)]
         for part, gradient in zip(_backward(tensors, is_causal, scale), whole, strict=True):
             _put(part, together, gradient)
-    for run in dead:
+    for run in runs[UNIFORM]:
+        whole[0][:, run] = 0
+        whole[1][:, run], whole[2][:, run] = _averaged_backward(
+            grad[:, run], query[:, run], value[:, run], out[:, run], is_causal, scale
+        )
+    for run in runs[DEAD]:
         for gradient in whole:
             gradient[:, run] = 0
     return whole[0], whole[1], whole[2]
@@ -58,8 +77,8 @@ def backward(
 
 def _forward(operands: list[Tensor], is_causal: bool, scale: float | None) -> tuple[Tensor, Tensor]:
     attend = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-    found: tuple[Tensor, Tensor] = attend(*operands, 0.0, is_causal, scale=scale)
-    return found
+    out, sums = attend(*operands, 0.0, is_causal, scale=scale)
+    return out.transpose(1, 2).contiguous().transpose(1, 2), sums  # it is laid out as the queries are
 
 
 def _backward(tensors: list[Tensor], is_causal: bool, scale: float | None) -> Triple:
@@ -68,15 +87,53 @@ def _backward(tensors: list[Tensor], is_causal: bool, scale: float | None) -> Tr
     return found
 
 
-def _runs(live: Tensor) -> tuple[list[slice], list[slice]]:
-    """The live heads and the dead ones, as runs of heads side by side."""
-    runs: dict[bool, list[slice]] = {True: [], False: []}
+def _averaged(value: Tensor, queries: int, is_causal: bool) -> Tensor:
+    """The average of the values that each query sees, `[N, heads, L or 1, E]`."""
+    if not is_causal:
+        return value.mean(2, keepdim=True, dtype=_wide(value))
+    totals = value.cumsum(2, dtype=_wide(value))
+    if queries > value.shape[2]:
+        totals = torch.cat((totals, totals[:, :, -1:].expand(-1, -1, queries - value.shape[2], -1)), 2)
+    return totals[:, :, :queries].div_(_seen(queries, value))
+
+
+def _averaged_backward(
+    grad: Tensor, query: Tensor, value: Tensor, out: Tensor, is_causal: bool, scale: float | None
+) -> tuple[Tensor, Tensor]:
+    """Gradients of keys and values."""
+    keys = value.shape[2]
+    shares = grad.to(_wide(grad)) / (_seen(grad.shape[2], value) if is_causal else keys)
+    grad_value = _gathered(shares, keys, is_causal)
+    # A score's gradient is what its value adds to the loss less what the average of all does; the keys' is its sum over
+    # the queries that see them, times the one query that these all are.
+    average = _gathered((shares * out).sum(-1, keepdim=True), keys, is_causal)
+    of_scores = (value * grad_value).sum(-1, keepdim=True) - average
+    scale = 1 / math.sqrt(query.shape[3]) if scale is None else scale
+    return of_scores * scale * query[:, :, :1], grad_value
+
+
+def _gathered(shares: Tensor, keys: int, is_causal: bool) -> Tensor:
+    """The sum, for each key, over the queries `[N, heads, L, ...]` that see it: `[N, heads, S or 1, ...]`."""
+    if not is_causal:
+        return shares.sum(2, keepdim=True)
+    totals = shares.flip(2).cumsum(2).flip(2)[:, :, :keys]
+    return F.pad(totals, (0, 0, 0, keys - totals.shape[2]))
+
+
+def _seen(queries: int, value: Tensor) -> Tensor:
+    """How many values each query sees in causal attention, `[L, 1]`."""
+    return torch.arange(1, queries + 1, dtype=_wide(value), device="cpu").clamp_(max=value.shape[2])[:, None]
+
+
+def _runs(kinds: Tensor) -> tuple[list[slice], list[slice], list[slice]]:
+    """The heads of each kind, as runs of heads side by side."""
+    runs: tuple[list[slice], list[slice], list[slice]] = ([], [], [])
     start = 0
-    for flag, group in itertools.groupby(live.tolist()):
+    for kind, group in itertools.groupby(kinds.tolist()):
         end = start + len(list(group))
-        runs[bool(flag)].append(slice(start, end))
+        runs[kind].append(slice(start, end))
         start = end
-    return runs[True], runs[False]
+    return runs
 
 
 def _parts(runs: list[slice], batch: int) -> list[list[slice]]:

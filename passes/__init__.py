@@ -4,7 +4,7 @@
 - `gate_matmul`: products `x @ weight` with such a weight likewise become `ctrlprune::matmul`.
 - `gate_conv`: convolution nodes likewise become `ctrlprune::conv`, on channels-last images.
 - `fuse_activation`: an activation that only a gated layer feeds moves into it.
-- `skip_heads`: attention leaves out heads that nothing feeds and nobody reads.
+- `skip_heads`: attention computes no weights for heads that need none.
 - `restore_layout`: what depends on how an image lies in memory gets it as the model had it.
 - `gate_nodes`: what the passes that gate layers share.
 - `layer_nodes`: what a layer's node says.
@@ -18,6 +18,7 @@ Beside them, and no pass since it changes nothing:
 - `find_coupling`: which block rows of gated weights feed which block columns of others.
 - `outline`: what pictures of a graph show.
 - `channel_rules`, `channels`: what it knows of each operator, and the graph of channel groups that it builds.
+- `moved_channels`: where a layer's channels are, as long as nothing but movements happens to them.
 
 A pass is `(gm, example_inputs, *, keyword-only) -> gm`; its configuration is bound with `functools.partial`. `run`
 knows no pass by name.

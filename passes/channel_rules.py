@@ -323,6 +323,7 @@ PIECES = "chunk split tensor_split unbind"
 EXPANSIONS = "broadcast_to expand expand_as"
 RESHAPES = "flatten ravel reshape reshape_as squeeze unflatten unsqueeze view view_as"
 MOVEMENTS = "adjoint flip movedim moveaxis permute swapaxes swapdims t transpose"
+COPIES = "bfloat16 clone contiguous detach double float half to type"
 VIEWS = {*SAME.split(), *RESHAPES.split(), *MOVEMENTS.split(), *PIECES.split(), *EXPANSIONS.split(), "getitem"}
 POOLING = "adaptive_avg_pool adaptive_max_pool avg_pool lp_pool max_pool"
 
@@ -373,5 +374,8 @@ IN_PLACE = _table(BY_NAME, "{}_") | {
     for name, rule in BY_NAME.items()
     if callable(function := getattr(operator, f"i{name.rstrip('_')}", None))
 }
+# Operators that change no value but in rounding.
+MOVING = (COPIES, RESHAPES, MOVEMENTS, PIECES, EXPANSIONS, "getitem")
+MOVES = _table({name: BY_NAME[name] for names in MOVING for name in names.split()}, "{}")
 # Operators whose output never lies in the memory of an input.
 NEW_MEMORY = _table({name: rule for name, rule in BY_NAME.items() if name not in VIEWS}, "{}").keys()

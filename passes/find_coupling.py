@@ -20,14 +20,16 @@ import torch
 from torch import Tensor, fx
 from torch._ops import HigherOrderOperator, OpOverload
 
-from ctrlcompile.controller.coupling import Coupling, Members, Sets
+from ctrlcompile.controller.coupling import Coupling, Heads, Members, Sets
 from ctrlcompile.passes.channel_rules import IN_PLACE, NEW_MEMORY, RULES, Call, Labels, with_constants
 from ctrlcompile.passes.channels import CONSTANT, INPUT, LARGEST, OUTPUT, Channels
 from ctrlcompile.passes.graph_edit import argument
 from ctrlcompile.passes.layer_nodes import is_matmul, operands
-from ctrlcompile.passes.skip_heads import is_attention
+from ctrlcompile.passes.moved_channels import MovedChannels
+from ctrlcompile.passes.skip_heads import OPERANDS, is_attention
 
 Layers: TypeAlias = Mapping[str, tuple[int, tuple[int, int]]]
+ByHead: TypeAlias = list[list[int]]  # labels
 Place: TypeAlias = tuple[int, int]  # of a block row or column: number of the weight, number in the weight's grid
 
 CHECKPOINT = torch.ops.higher_order.tag_activation_checkpoint
@@ -61,14 +63,15 @@ def find_coupling(gm: fx.GraphModule, layers: Layers) -> Coupling | None:
     carried = nx.subgraph_view(graph, filter_edge=lambda before, after: graph.edges[before, after]["carries"])
     feeds = _leading_to(columns, of_rows, INPUT, carried)
     reads = _leading_to(of_rows, columns, OUTPUT, graph.reverse(copy=False))
-    if not any(feeds) and not any(reads):
+    if not any(feeds) and not any(reads) and not walk.heads:
         return None
-    heads = {
-        name: (_each(values, of_rows, INPUT, carried), _each(outputs, columns, OUTPUT, graph.reverse(copy=False)))
-        for name, (values, outputs) in walk.heads.items()
-    }
-    weights = range(1 + max((weight for weight, _ in rows), default=-1))
-    grid = [tuple(sum(place[0] == weight for place in places) for weight in weights) for places in (rows, columns)]
+    heads = {}
+    for name, (values, weights, outputs) in walk.heads.items():
+        feeding_values, feeding_weights = (_each(labels, of_rows, INPUT, carried) for labels in (values, weights))
+        reading = _each(outputs, columns, OUTPUT, graph.reverse(copy=False))
+        heads[name] = Heads(feeding_values, feeding_weights, reading)
+    numbers = range(1 + max((weight for weight, _ in rows), default=-1))
+    grid = [tuple(sum(place[0] == weight for place in places) for weight in numbers) for places in (rows, columns)]
     return Coupling(grid[0], grid[1], Sets.from_members(feeds), Sets.from_members(reads), heads)
 
 
@@ -109,7 +112,8 @@ class _Walk:
         self.channels = Channels()
         self.rows: dict[Place, int] = {}
         self.columns: set[Place] = set()
-        self.heads: dict[str, tuple[list[list[int]], list[list[int]]]] = {}  # of each attention: values, what comes out
+        self.heads: dict[str, tuple[ByHead, ByHead, ByHead]] = {}  # of values, of weights, of what comes out
+        self._moved = MovedChannels(self._sizes)
         self._layers = layers
         self._values: dict[fx.Node, Labels] = {}
         self._memory: dict[fx.Node, fx.Node] = {}  # the first value in whose memory another one may lie
@@ -127,9 +131,9 @@ class _Walk:
                 continue
             self._memory[node] = node
             self._values[node] = self._fitting(node, self._labels(gm, node, prefix))
+            self._moved.follow(node)
             if is_attention(node):
-                value, out = self._values[argument(node, 2, "value")], self._values[node]
-                self.heads[f"{prefix}{node.name}"] = self._by_head(node, value), self._by_head(node, out)
+                self.heads[f"{prefix}{node.name}"] = self._by_head(node)
             self._mutate(node)
         raise AssertionError("a graph has an output")
 
@@ -160,9 +164,18 @@ class _Walk:
                 return labels
         return self.channels.all_of(t for value in node.all_input_nodes for t in _tensors(self._values[value]))
 
-    def _by_head(self, node: fx.Node, labels: Labels) -> list[list[int]]:
-        """The labels of each head of an attention's values, or of what comes out."""
-        sizes = self._sizes(node)
+    def _by_head(self, attention: fx.Node) -> tuple[ByHead, ByHead, ByHead]:
+        """The labels of each of an attention's heads."""
+        query, key, value = (argument(attention, position, name) for position, name in enumerate(OPERANDS))
+        if all(self._moved.same_along(node, 2) for node in (query, key)):
+            weights = [one + other for one, other in zip(*map(self._of_heads, (query, key)), strict=True)]
+        else:
+            weights = [[INPUT]] * len(self._of_heads(query))
+        return self._of_heads(value), weights, self._of_heads(attention)
+
+    def _of_heads(self, node: fx.Node) -> ByHead:
+        """The labels of each head of an attention's operand, or of what comes out."""
+        sizes, labels = self._sizes(node), self._values[node]
         assert sizes is not None
         assert isinstance(labels, Tensor)
         if labels.dim() < 4:
@@ -173,6 +186,7 @@ class _Walk:
     def _body(self, gm: fx.GraphModule, args: Sequence[Any], prefix: str) -> list[Tensor]:
         for inner, outer in zip(gm.graph.find_nodes(op="placeholder"), args, strict=True):
             self._values[inner], self._memory[inner] = self._values[outer], self._memory[outer]
+            self._moved.pass_on(outer, inner)
         returned = self.run(gm, prefix)
         values = returned if isinstance(returned, (list, tuple)) else (returned,)
         found = [self._values[v] if isinstance(v, fx.Node) else torch.tensor(CONSTANT) for v in values]
@@ -203,6 +217,7 @@ class _Walk:
         of_channel = torch.tensor([self.rows[weight, row] for row in rows]).repeat_interleave(height)[:outputs]
         labels = of_channel.view([outputs if dim == axis else 1 for dim in range(len(out))])
         if bias is None or not is_matmul(node):
+            self._moved.start(node, axis)
             return labels
         # What an addmm adds need be no bias: it may be anything that the graph computes.
         return with_constants(call, self.channels.joined(labels, call.labels(bias)), [bias])
@@ -214,6 +229,7 @@ class _Walk:
             first = self._memory[target]
             if first.op in ("placeholder", "get_attr"):
                 self._write(labels)
+            self._moved.forget(other for other, memory in self._memory.items() if memory is first)
             everything = self.channels.all_of(_tensors(labels))
             for other, memory in self._memory.items():
                 if memory is first and other is not node:

@@ -1,8 +1,8 @@
-"""Rewrites attention into `ctrlprune::attention`, which leaves out heads that nothing feeds and nobody reads.
+"""Rewrites attention into `ctrlprune::attention`, which computes no weights for heads that need none.
 
-Which heads those are follows from the masks of other layers' gates and is data: a flag per head enters the graph as an
-input, one for each attention, after all other placeholders. `gm.meta["skipped_heads"]` lists the attentions, by node,
-in the order of these inputs.
+Which heads those are follows from the masks of other layers' gates and is data: the kind of each head enters the graph
+as an input, one for each attention, after all other placeholders. `gm.meta["skipped_heads"]` lists the attentions, by
+node, in the order of these inputs.
 """
 
 from collections.abc import Collection, Sequence
@@ -30,14 +30,14 @@ def skip_heads(gm: fx.GraphModule, example_inputs: Sequence[Any], *, heads: Coll
             if name not in heads:
                 continue
             with gm.graph.inserting_after(gm.graph.find_nodes(op="placeholder")[-1]):
-                flags = gm.graph.placeholder(f"{name.replace('.', '_')}_live")
-            flags._dynamo_source = None
+                entry = gm.graph.placeholder(f"{name.replace('.', '_')}_kinds")
+            entry._dynamo_source = None
             skipped.append(name)
-            live = scope.bring_in(flags)
+            kinds = scope.bring_in(entry)
             query, key, value = _operands(node)
             causal, scale = argument(node, 5, "is_causal", False), argument(node, 6, "scale")
             with scope.gm.graph.inserting_before(node):
-                call = scope.gm.graph.call_function(ops.attention.default, (query, key, value, live, causal, scale))
+                call = scope.gm.graph.call_function(ops.attention.default, (query, key, value, kinds, causal, scale))
                 _, out = with_first_output(call)
             copy_meta(node, call)
             copy_meta(node, out).meta["example_value"] = node.meta["example_value"]

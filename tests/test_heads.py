@@ -1,4 +1,4 @@
-"""Heads that nothing feeds and nobody reads: when they count as such, that nothing changes but the FLOPs."""
+"""Heads that need no attention weights: when they count as such, that nothing changes but the FLOPs."""
 
 import pytest
 import torch
@@ -11,6 +11,7 @@ import ctrlcompile as cc
 from ctrlcompile import ops
 from ctrlcompile.cost import meter
 from ctrlcompile.kernels import attention as kernel
+from ctrlcompile.kernels.attention import DEAD, LIVE, UNIFORM
 
 from .small_models import assert_like_plain, random_mask
 
@@ -28,9 +29,12 @@ class Model(nn.Module):
         self.settings, self.recompute = settings, recompute
 
     def body(self, x):
-        q, k, v = self.qkv(x).unflatten(-1, (3, HEADS, SIDE)).permute(2, 0, 3, 1, 4)
+        q, k, v = self.heads(self.qkv(x))
         out = F.scaled_dot_product_attention(q, k, v, **self.settings)
         return self.output(out.transpose(1, 2).flatten(2))
+
+    def heads(self, qkv):
+        return qkv.unflatten(-1, (3, HEADS, SIDE)).permute(2, 0, 3, 1, 4)
 
     def forward(self, x):
         x = torch.tanh(self.first(x))
@@ -47,6 +51,14 @@ def kill(gates, head, *, values=True, readers=True):
         read[:, blocks] = False
     gates["qkv.weight"].update_(fed)
     gates["output.weight"].update_(read)
+
+
+def even_out(gates, head, *, queries=True, keys=True):
+    """Switches off what feeds a head's queries and keys."""
+    fed = gates["qkv.weight"].mask.clone()
+    for part in [0] * queries + [1] * keys:
+        fed[(part * WIDTH + head * SIDE) // 8 : (part * WIDTH + (head + 1) * SIDE) // 8] = False
+    gates["qkv.weight"].update_(fed)
 
 
 @pytest.fixture
@@ -101,6 +113,102 @@ def test_a_head_lives_while_something_feeds_it_or_somebody_reads_it(values, read
     assert computed["forward"] == [HEADS]
 
 
+@pytest.mark.parametrize("settings", [{}, {"is_causal": True, "scale": 0.2}, {"recompute": True}], ids=str)
+def test_heads_without_queries_and_keys_average_and_nothing_else_changes(settings, computed):
+    model = Model(**settings)
+    gates = cc.gates(model, 8)
+    for gate in gates.values():
+        gate.update_(random_mask(gate.grid, 0.9))
+    run, x = torch.compile(model, backend="ctrlprune"), torch.randn(2, TIME, 40)
+    even_out(gates, 0)
+    assert_like_plain(run, model, x, gates=gates)
+    assert sum(computed["backward"]) == HEADS - 1
+    assert sum(computed["forward"]) == (HEADS - 1) * (2 if model.recompute else 1)
+    kill(gates, 1)
+    even_out(gates, 1)
+    for found in computed.values():
+        found.clear()
+    assert_like_plain(run, model, x, gates=gates)
+    assert sum(computed["backward"]) == HEADS - 2
+    even_out(gates, 2)
+    for found in computed.values():
+        found.clear()
+    assert_like_plain(run, model, x, gates=gates)
+    assert computed == {"forward": [], "backward": []}
+    gates["qkv.weight"].update_(torch.ones(gates["qkv.weight"].grid, dtype=torch.bool))
+    assert_like_plain(run, model, x, gates=gates)
+    assert sum(computed["backward"]) == HEADS
+
+
+@pytest.mark.parametrize(("queries", "keys"), [(True, False), (False, True)])
+def test_a_head_with_queries_or_keys_has_weights(queries, keys, computed):
+    model = Model()
+    gates = cc.gates(model, 8)
+    run = torch.compile(model, backend="ctrlprune")
+    even_out(gates, 1, queries=queries, keys=keys)
+    assert_like_plain(run, model, torch.randn(2, TIME, 40), gates=gates)
+    assert computed["forward"] == [HEADS]
+
+
+class Positions(Model):
+    """Something makes queries or keys differ from position to position, however few blocks there are."""
+
+    def __init__(self, how):
+        super().__init__()
+        self.how, self.places = how, nn.Parameter(torch.randn(TIME, SIDE))
+
+    def heads(self, qkv):
+        q, k, v = super().heads(qkv)
+        return self.how(q, k, v, self.places)
+
+
+def rotate(q, k, v, places):
+    return q * places.cos(), k * places.cos() + torch.cat((-k[..., SIDE // 2 :], k[..., : SIDE // 2]), -1) * places, v
+
+
+def write(q, k, v, places):
+    k = k.clone()
+    k.select(2, 0).zero_()
+    return q, k, v
+
+
+def set_item(q, k, v, places):
+    q = q.contiguous()
+    q[:, :, 1:3] = 2
+    return q, k, v
+
+
+def misread(q, k, v, places):
+    """As [N, heads, length, features] what is [N, length, heads, features] in memory."""
+    return (x.transpose(1, 2).reshape(x.shape) for x in (q, k, v))
+
+
+POSITIONS = {
+    "added": lambda q, k, v, places: (q + places, k, v),
+    "rotated": rotate,
+    "padded": lambda q, k, v, places: (q, F.pad(k, (0, 0, 1, 0)), F.pad(v, (0, 0, 1, 0))),
+    "summed up": lambda q, k, v, places: (q, k.cumsum(2), v),
+    "learned": lambda q, k, v, places: (places.expand(q.shape), k, v),
+    "written": write,
+    "set": set_item,
+    "misread": misread,
+    "mixed": lambda q, k, v, places: (
+        x.flatten(1).unflatten(1, (TIME, HEADS, SIDE)).transpose(1, 2) for x in (q, k, v)
+    ),
+}
+
+
+@pytest.mark.parametrize("how", POSITIONS.values(), ids=POSITIONS)
+def test_a_head_whose_positions_differ_has_weights(how, computed):
+    model = Positions(how)
+    gates = cc.gates(model, 8)
+    run = torch.compile(model, backend="ctrlprune")
+    for head in range(HEADS):
+        even_out(gates, head)
+    assert_like_plain(run, model, torch.randn(2, TIME, 40), gates=gates)
+    assert sum(computed["forward"]) in (0, HEADS)  # 0 where the attention was left to Inductor
+
+
 class Other(nn.Module):
     """Attention that cannot skip heads, or whose heads are never dead."""
 
@@ -129,7 +237,7 @@ def test_other_attention_stays_as_it_is(how, computed):
     run = torch.compile(model, backend="ctrlprune")
     kill(gates, 1)
     assert_like_plain(run, model, torch.randn(2, TIME, WIDTH), gates=gates)
-    assert computed["forward"] == []
+    assert HEADS - 1 not in computed["forward"]
 
 
 def test_instances_and_sizes_have_their_own_heads(computed):
@@ -165,23 +273,25 @@ def test_what_is_skipped_is_neither_used_nor_fixed():
     run(x).sum().backward()
     counter = meter.counter(gates.values())
     costs = []
-    for _ in range(2):
+    for rest in (kill, even_out):
         run(x).sum().backward()
         costs.append(counter())
-        kill(gates, 1)
-    before, after = costs
+        rest(gates, 1 if rest is kill else 2)
+    run(x).sum().backward()
+    before, after, last = *costs, counter()
     dense = 3 * 2 * 2 * 2 * HEADS * TIME * TIME * SIDE  # forward and two gradients, two products, 2 per multiply-add
     assert before.dense == after.dense
     assert before.fixed - after.fixed == pytest.approx(dense / HEADS)
-    assert after.used == pytest.approx(after.fixed + sum(n * gate.active_share for gate, n in after.gated.items()))
+    assert after.fixed - last.fixed == pytest.approx(dense / HEADS)
+    assert last.used == pytest.approx(last.fixed + sum(n * gate.active_share for gate, n in last.gated.items()))
     assert before.used == before.dense
     explained = cc.explain(run)(x)
-    assert explained.flops == pytest.approx(sum(row.flops for row in explained.rows) + dense * (HEADS - 1) / HEADS)
+    assert explained.flops == pytest.approx(sum(row.flops for row in explained.rows) + dense * (HEADS - 2) / HEADS)
 
 
 def test_flop_formulas_count_live_heads():
     operands = [torch.randn(2, HEADS, TIME, SIDE, requires_grad=True) for _ in range(3)]
     with FlopCounterMode(display=False) as counted:
-        ops.attention(*operands, torch.tensor([True, False, True]), True, None)[0].sum().backward()
-    flops = 2 * 2 * 2 * 2 * TIME * TIME * SIDE
+        ops.attention(*operands, torch.tensor([LIVE, DEAD, UNIFORM], dtype=torch.uint8), True, None)[0].sum().backward()
+    flops = 2 * 2 * 2 * TIME * TIME * SIDE
     assert counted.get_flop_counts()["Global"] == {ops.attention: flops, ops.attention_backward: 2 * flops}

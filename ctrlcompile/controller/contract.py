@@ -22,7 +22,7 @@ class StepCost:
 
     Attributes:
         dense: what the dense model would have used (all matrix work, gated or not).
-        fixed: the part that no gate switches block by block: all other matrix work, attention without dead heads.
+        fixed: the part that no gate switches block by block: all other matrix work, attention's live heads.
         gated: for each gate that ran, the FLOPs of its products at density 1 (forward, dgrad if any, wgrad).
         used: what was used: `fixed`, the active blocks and the probes.
         coupled: how the gates are coupled in each graph that ran.

@@ -29,7 +29,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -96,6 +96,18 @@ class Sets:
         return torch.bincount(self.sets[alive[self.members]], minlength=self.count)
 
 
+class Heads(NamedTuple):
+    """Of each of an attention's heads the block rows that feed its values, those that feed its weights (queries and
+    keys), and the block columns that read what comes out.
+
+    Weights have members only where queries and keys are the same at every position once these are dead.
+    """
+
+    values: Sets
+    weights: Sets
+    outputs: Sets
+
+
 @dataclass(frozen=True, eq=False)
 class Coupling:
     """Block rows and block columns of several gates, each numbered through, gate by gate.
@@ -104,15 +116,14 @@ class Coupling:
         rows, columns: per gate, how many it has; 0 for a weight without a gate.
         feeds: for each column, the rows whose channels reach its input channels without passing a gate.
         reads: for each row, the columns that its channels reach so.
-        heads: for each attention, by node, the rows that feed the values of each of its heads, and the columns that
-            read what comes out.
+        heads: of each attention, by node.
     """
 
     rows: tuple[int, ...]
     columns: tuple[int, ...]
     feeds: Sets
     reads: Sets
-    heads: Mapping[str, tuple[Sets, Sets]] = field(default_factory=dict)
+    heads: Mapping[str, Heads] = field(default_factory=dict)
 
 
 Coupled: TypeAlias = tuple[Coupling, tuple[Any, ...]]  # with the gates that it numbers, None where there is none

@@ -68,7 +68,7 @@ class Explanation(tables.Shown):
         rows: one per layer that ran, then those that did not.
         graphs: one per compiled graph that ran, before and after each pass.
         dense_flops: of the whole training step, dense: every matrix product, gated or not.
-        flops: of the same at the present densities, without the dead heads of attention.
+        flops: of the same at the present densities, attention's of live heads only.
         model_error: median of |predicted / measured - 1| of what variants were predicted to take; None before any
             prediction could be checked.
     """
@@ -180,7 +180,7 @@ def _explanation(module: nn.Module, visits: list[Visit]) -> Explanation:
             reason = "not in a compiled graph that these inputs reach"
             rows.append(Row(name, prefix, tuple(weight.shape), False, reason, None, 1.0, "not compiled", 0.0, 0.0, ""))
     saved = sum(row.dense_flops - row.flops for row in rows)
-    saved += sum(visit.cost.skipped(visit.variant.live(visit.gates).shares) for visit in visits)
+    saved += sum(visit.cost.skipped(visit.variant.kinds(visit.gates).live_shares) for visit in visits)
     graphs = tuple(Graph(visit.variant.changes, _densities(visit)) for visit in visits)
     return Explanation(tuple(rows), graphs, dense_flops, dense_flops - saved, respecialize.model_error())
 
