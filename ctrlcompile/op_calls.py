@@ -142,7 +142,11 @@ def attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """The gradients of query, key and value."""
     _check_heads(query, key, value, kinds)
-    grad, query, key, value = map(_dense_rows, (grad, query, key, value))
+    for tensor in (grad, out):
+        if tensor.shape != query.shape or tensor.dtype != query.dtype:
+            shape = f"{query.dtype} {tuple(query.shape)}"
+            raise ValueError(f"what comes out and its gradient are {shape}; got {tensor.dtype} {tuple(tensor.shape)}")
+    grad, query, key, value, out = map(_dense_rows, (grad, query, key, value, out))
     return attention_kernel.backward(grad, query, key, value, out, sums, kinds, is_causal, scale)
 
 

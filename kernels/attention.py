@@ -13,11 +13,11 @@
 """
 
 import itertools
-import math
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+
+from . import cpu_averages
 
 DEAD, UNIFORM, LIVE = range(3)
 
@@ -33,7 +33,7 @@ def forward(
     on the CPU; returns `[N, heads, L, E]`, which is `[N, L, heads, E]` in memory, and `[N, heads, L]` likewise, of live
     heads.
     """
-    runs = _runs(kinds)
+    runs = _runs(kinds, query.dtype)
     if not runs[DEAD] and not runs[UNIFORM]:
         return _forward([query, key, value], is_causal, scale)
     batch, heads, length, _ = query.shape
@@ -44,7 +44,7 @@ def forward(
         for whole, part in zip((out, sums), found, strict=True):
             _put(part, together, whole)
     for run in runs[UNIFORM]:
-        out[:, run] = _averaged(value[:, run], length, is_causal)
+        cpu_averages.forward(value[:, run], out[:, run], is_causal)
     for run in runs[DEAD]:
         out[:, run] = value[:, run].mean(2, keepdim=True)
     return out, sums
@@ -55,7 +55,7 @@ def backward(
     scale: float | None,
 ) -> Triple:  # fmt: skip
     """Gradients of query, key and value; in memory `[N, L, heads, E]`."""
-    runs = _runs(kinds)
+    runs = _runs(kinds, query.dtype)
     if not runs[DEAD] and not runs[UNIFORM]:
         return _backward([grad, query, key, value, out, sums], is_causal, scale)
     given = (query, key, value)
@@ -65,10 +65,8 @@ def backward(
         for part, gradient in zip(_backward(tensors, is_causal, scale), whole, strict=True):
             _put(part, together, gradient)
     for run in runs[UNIFORM]:
-        whole[0][:, run] = 0
-        whole[1][:, run], whole[2][:, run] = _averaged_backward(
-            grad[:, run], query[:, run], value[:, run], out[:, run], is_causal, scale
-        )
+        some = (whole[0][:, run], whole[1][:, run], whole[2][:, run])
+        cpu_averages.backward(grad[:, run], query[:, run], value[:, run], out[:, run], some, is_causal, scale)
     for run in runs[DEAD]:
         for gradient in whole:
             gradient[:, run] = 0
@@ -87,46 +85,10 @@ def _backward(tensors: list[Tensor], is_causal: bool, scale: float | None) -> Tr
     return found
 
 
-def _averaged(value: Tensor, queries: int, is_causal: bool) -> Tensor:
-    """The average of the values that each query sees, `[N, heads, L or 1, E]`."""
-    if not is_causal:
-        return value.mean(2, keepdim=True, dtype=_wide(value))
-    totals = value.cumsum(2, dtype=_wide(value))
-    if queries > value.shape[2]:
-        totals = torch.cat((totals, totals[:, :, -1:].expand(-1, -1, queries - value.shape[2], -1)), 2)
-    return totals[:, :, :queries].div_(_seen(queries, value))
-
-
-def _averaged_backward(
-    grad: Tensor, query: Tensor, value: Tensor, out: Tensor, is_causal: bool, scale: float | None
-) -> tuple[Tensor, Tensor]:
-    """Gradients of keys and values."""
-    keys = value.shape[2]
-    shares = grad.to(_wide(grad)) / (_seen(grad.shape[2], value) if is_causal else keys)
-    grad_value = _gathered(shares, keys, is_causal)
-    # A score's gradient is what its value adds to the loss less what the average of all does; the keys' is its sum over
-    # the queries that see them, times the one query that these all are.
-    average = _gathered((shares * out).sum(-1, keepdim=True), keys, is_causal)
-    of_scores = (value * grad_value).sum(-1, keepdim=True) - average
-    scale = 1 / math.sqrt(query.shape[3]) if scale is None else scale
-    return of_scores * scale * query[:, :, :1], grad_value
-
-
-def _gathered(shares: Tensor, keys: int, is_causal: bool) -> Tensor:
-    """The sum, for each key, over the queries `[N, heads, L, ...]` that see it: `[N, heads, S or 1, ...]`."""
-    if not is_causal:
-        return shares.sum(2, keepdim=True)
-    totals = shares.flip(2).cumsum(2).flip(2)[:, :, :keys]
-    return F.pad(totals, (0, 0, 0, keys - totals.shape[2]))
-
-
-def _seen(queries: int, value: Tensor) -> Tensor:
-    """How many values each query sees in causal attention, `[L, 1]`."""
-    return torch.arange(1, queries + 1, dtype=_wide(value), device="cpu").clamp_(max=value.shape[2])[:, None]
-
-
-def _runs(kinds: Tensor) -> tuple[list[slice], list[slice], list[slice]]:
-    """The heads of each kind, as runs of heads side by side."""
+def _runs(kinds: Tensor, dtype: torch.dtype) -> tuple[list[slice], list[slice], list[slice]]:
+    """The heads of each kind, as runs of heads side by side; uniform ones count as live where no kernel averages."""
+    if cpu_averages.library(dtype) is None:  # built at the first call, whether or not any head is uniform by then
+        kinds = torch.where(kinds == UNIFORM, LIVE, kinds)
     runs: tuple[list[slice], list[slice], list[slice]] = ([], [], [])
     start = 0
     for kind, group in itertools.groupby(kinds.tolist()):

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from ctrlcompile import ops
-from ctrlcompile.kernels import attention
+from ctrlcompile.kernels import attention, build, cpu_averages
 from ctrlcompile.kernels.attention import DEAD, LIVE, UNIFORM
 
 SHAPES = {  # batch, heads, queries, keys, features
@@ -118,6 +118,31 @@ def test_half_types_are_as_exact_as_the_frameworks_own(dtype, causal):
         assert (ours - truth).abs().max() <= 1.1 * (theirs - truth).abs().max()
 
 
+def test_without_a_kernel_that_averages_weights_are_computed_after_one_warning(monkeypatch):
+    def fail(*_):
+        raise build.KernelBuildError("the compiler", "was not found", "Install one.")
+
+    cpu_averages.library.cache_clear()
+    monkeypatch.setattr(build, "load", fail)
+    case = Case(SHAPES["of self"], [LIVE, DEAD, UNIFORM, UNIFORM, LIVE])
+    try:
+        with pytest.warns(RuntimeWarning, match="computes the weights of all attention.*was not found") as warned:
+            out, gradients = case.ours(True, None)
+        assert len(warned) == 1
+    finally:
+        cpu_averages.library.cache_clear()
+    expected, expected_gradients = case.exact(True, None)
+    for ours, exact in zip((out, *gradients), (expected, *expected_gradients), strict=True):
+        torch.testing.assert_close(ours.double(), exact, rtol=1e-4, atol=1e-5)
+
+
+def test_no_queries_leave_no_gradients():
+    case = Case((2, 3, 0, 4, 8), [UNIFORM, DEAD, UNIFORM])
+    out, gradients = case.ours(True, None)
+    assert out.shape == (2, 3, 0, 8)
+    assert not any(gradient.any() for gradient in gradients)
+
+
 @pytest.mark.parametrize("kinds", [[LIVE, DEAD, UNIFORM, LIVE, DEAD], [LIVE] * 5, [UNIFORM] * 5, [DEAD] * 5])
 def test_the_operator_keeps_the_rules_of_operators(kinds):
     case = Case(SHAPES["of self"], kinds)
@@ -149,5 +174,8 @@ def test_what_does_not_fit_is_refused():
         ops.attention(*case.operands, case.kinds[:4], True, None)
     with pytest.raises(ValueError, match=r"kinds is uint8 \[5\]; got torch.bool of shape \(5,\)"):
         ops.attention(*case.operands, case.live, True, None)
+    out, sums = ops.attention(*case.operands, case.kinds, True, None)
+    with pytest.raises(ValueError, match=r"what comes out and its gradient are torch.float32 \(3, 5, 17, 8\); got"):
+        ops.attention_backward(case.grad[:, :, 1:], *case.operands, out, sums, case.kinds, True, None)
     with pytest.raises(ValueError, match="query, key and value are"):
         ops.attention(case.query[..., :4], case.key, case.value, case.kinds, True, None)
