@@ -28,7 +28,9 @@ def library(dtype: torch.dtype) -> ctypes.CDLL | None:
     try:
         built = build.load(name, cpp_averages.source(target, dtype), target.flags)
     except KernelBuildError as error:
-        warnings.warn(f"ctrlcompile computes the weights of all attention: {error}", RuntimeWarning, stacklevel=2)
+        warnings.warn(
+            f"ctrlcompile computes attention's weights where averages would do: {error}", RuntimeWarning, stacklevel=2
+        )
         return None
     tensors, number = ctypes.c_void_p, ctypes.c_int
     built.forward.argtypes = [tensors] * 4 + [number]

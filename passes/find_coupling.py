@@ -17,10 +17,12 @@ from typing import Any, TypeAlias
 import networkx as nx
 import sympy
 import torch
+import torch.nn.functional as F
 from torch import Tensor, fx
 from torch._ops import HigherOrderOperator, OpOverload
 
 from ctrlcompile.controller.coupling import Coupling, Heads, Members, Sets
+from ctrlcompile.kernels import cpu_averages
 from ctrlcompile.passes.channel_rules import IN_PLACE, NEW_MEMORY, RULES, Call, Labels, with_constants
 from ctrlcompile.passes.channels import CONSTANT, INPUT, LARGEST, OUTPUT, Channels
 from ctrlcompile.passes.graph_edit import argument
@@ -49,7 +51,7 @@ SHAPES = (
 
 
 def find_coupling(gm: fx.GraphModule, layers: Layers) -> Coupling | None:
-    """How the gated weights of one of Dynamo's graphs are coupled; None where nothing could ever be useless.
+    """How the gated weights of one of Dynamo's graphs are coupled; None without attention and where nothing could be useless.
 
     layers: the gated nodes, named as `graph_edit.scopes` does; for each the number of its weight and the sides of the
         weight's blocks in channels. Rows are outputs and columns inputs, also of a weight stored [in, out]; all nodes
@@ -113,7 +115,7 @@ class _Walk:
         self.rows: dict[Place, int] = {}
         self.columns: set[Place] = set()
         self.heads: dict[str, tuple[ByHead, ByHead, ByHead]] = {}  # of values, of weights, of what comes out
-        self._moved = MovedChannels(self._sizes)
+        self._moved = MovedChannels(self._sizes, (*SHAPES, getattr, CHECKPOINT, F.scaled_dot_product_attention))
         self._layers = layers
         self._values: dict[fx.Node, Labels] = {}
         self._memory: dict[fx.Node, fx.Node] = {}  # the first value in whose memory another one may lie
@@ -167,7 +169,8 @@ class _Walk:
     def _by_head(self, attention: fx.Node) -> tuple[ByHead, ByHead, ByHead]:
         """The labels of each of an attention's heads."""
         query, key, value = (argument(attention, position, name) for position, name in enumerate(OPERANDS))
-        if all(self._moved.same_along(node, 2) for node in (query, key)):
+        same = all(self._moved.same_along(node, 2) for node in (query, key))
+        if same and cpu_averages.library(attention.meta["example_value"].dtype) is not None:
             weights = [one + other for one, other in zip(*map(self._of_heads, (query, key)), strict=True)]
         else:
             weights = [[INPUT]] * len(self._of_heads(query))
