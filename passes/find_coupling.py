@@ -51,7 +51,7 @@ SHAPES = (
 
 
 def find_coupling(gm: fx.GraphModule, layers: Layers) -> Coupling | None:
-    """How the gated weights of one of Dynamo's graphs are coupled; None without attention and where nothing could be useless.
+    """How the gated weights of one of Dynamo's graphs are coupled; None where that tells nothing.
 
     layers: the gated nodes, named as `graph_edit.scopes` does; for each the number of its weight and the sides of the
         weight's blocks in channels. Rows are outputs and columns inputs, also of a weight stored [in, out]; all nodes
