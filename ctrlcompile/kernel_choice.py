@@ -23,7 +23,7 @@ from ctrlcompile.gate import registry
 from ctrlcompile.kernels import index_lists, isa
 from ctrlcompile.kernels.build import KernelBuildError
 from ctrlcompile.kernels.index_lists import BlockLists
-from ctrlcompile.kernels.reference import DIFFERENTIATED, backward
+from ctrlcompile.kernels.reference import DIFFERENTIATED, Before, backward
 from ctrlcompile.kernels.window import Window, channels_last
 
 
@@ -72,17 +72,14 @@ def forward(
 
 def dgrad(
     grad_z: Tensor, weight: Tensor, lists: BlockLists, block: Block, window: Window | None = None,
-    input_size: tuple[int, ...] = (), z: Tensor | None = None, activation: str = "none",
+    input_size: tuple[int, ...] = (), before: Before | None = None,
 ) -> Tensor:  # fmt: skip
-    """`reference.linear_dgrad` or `reference.conv_dgrad` likewise; grad_z `[M, N]` or `[N, O, *out]` channels-last.
-
-    z lies as what is returned.
-    """
+    """`reference.linear_dgrad` or `reference.conv_dgrad` likewise; grad_z `[M, N]` or `[N, O, *out]` channels-last."""
     if window is not None and family_of(window, weight.shape[2:]) is LINEAR:
-        z = None if z is None else _rows(z)
-        return _image(dgrad(_rows(grad_z), weight.flatten(1), lists, block, z=z, activation=activation), grad_z)
-    arguments = (grad_z, weight, lists, block, *(() if window is None else (window, input_size)), z, activation)
-    last = "none" if z is None else backward(activation)
+        before = None if before is None else before._replace(z=_rows(before.z))
+        return _image(dgrad(_rows(grad_z), weight.flatten(1), lists, block, before=before), grad_z)
+    arguments = (grad_z, weight, lists, block, *(() if window is None else (window, input_size)), before)
+    last = "none" if before is None else backward(before.activation)
     result: Tensor = _compute("dgrad", arguments, weight, lists, block, window, last, input_size)
     return result
 
@@ -275,7 +272,9 @@ def _try(types: Types) -> None:
     x = channels_last(x) if size else x
     weight = torch.ones(*block, *size, dtype=weight_dtype, device=device)
     backwards = {backward(name): name for name in DIFFERENTIATED}
-    after = (x, backwards[activation]) if activation in backwards else (None, "none")
+    before = None
+    if activation in backwards:
+        before = Before(x, backwards[activation], torch.empty(block[1], device=device))
     y, _ = kernel.forward(x, weight, None, lists, block, "none" if activation in backwards else activation, *window)
-    kernel.dgrad(y, weight, lists, block, *window, *(size for _ in window), *after)
+    kernel.dgrad(y, weight, lists, block, *window, *(size for _ in window), before)
     kernel.wgrad(y, x, weight, lists, probes, block, *window)

@@ -18,6 +18,7 @@ from ctrlcompile.gate import registry
 from ctrlcompile.kernels import attention as attention_kernel
 from ctrlcompile.kernels import index_lists, reference
 from ctrlcompile.kernels.index_lists import BlockLists, grid_shape
+from ctrlcompile.kernels.reference import Before
 from ctrlcompile.kernels.window import Window, channels_last
 
 ACTIVATIONS = reference.ACTIVATIONS
@@ -39,14 +40,15 @@ def _linear(
 def _linear_dgrad(
     grad: Tensor, weight: Tensor, tensors: Sequence[Tensor], block_out: int, block_in: int, z: Tensor | None = None,
     activation: str = "none",
-) -> Tensor:  # fmt: skip
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     lists, block = _lists(tensors, weight, (block_out, block_in)), (block_out, block_in)
     _check_rows(grad, weight.shape[0], weight)
-    shape = (*grad.shape[:-1], weight.shape[1])
+    shape, before = (*grad.shape[:-1], weight.shape[1]), None
+    sums = new_sums(grad, 0 if z is None else weight.shape[1])
     if z is not None:
         _check_z(z, activation, shape, grad)
-        z = z.contiguous().view(-1, weight.shape[1])
-    return kernel_choice.dgrad(_rows(grad), weight, lists, block, z=z, activation=activation).view(shape)
+        before = Before(z.contiguous().view(-1, weight.shape[1]), activation, sums)
+    return kernel_choice.dgrad(_rows(grad), weight, lists, block, before=before).view(shape), sums
 
 
 def _linear_wgrad(
@@ -67,7 +69,7 @@ def _linear_wgrad(
 def _matmul(
     x: Tensor, weight: Tensor, signals: Tensor, tensors: Sequence[Tensor], probes: Tensor, block_in: int, block_out: int
 ) -> Tensor:
-    return _linear_dgrad(x, weight, tensors, block_in, block_out)
+    return _linear_dgrad(x, weight, tensors, block_in, block_out)[0]
 
 
 def _matmul_dgrad(grad: Tensor, weight: Tensor, tensors: Sequence[Tensor], block_in: int, block_out: int) -> Tensor:
@@ -100,15 +102,16 @@ def _conv_dgrad(
     grad: Tensor, weight: Tensor, tensors: Sequence[Tensor], block_out: int, block_in: int, input_size: Sequence[int],
     stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int], groups: int, z: Tensor | None = None,
     activation: str = "none",
-) -> Tensor:  # fmt: skip
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     lists, block = _lists(tensors, weight, (block_out, block_in)), (block_out, block_in)
     window, shape = Window.of(stride, padding, dilation, groups), (grad.shape[0], weight.shape[1] * groups, *input_size)
     _check_gradient(grad, shape, weight, window)
     _check_groups(weight, block, window)
+    sums, before = new_sums(grad, 0 if z is None else shape[1]), None
     if z is not None:
         _check_z(z, activation, shape, grad)
-        z = channels_last(z)
-    return kernel_choice.dgrad(channels_last(grad), weight, lists, block, window, tuple(input_size), z, activation)
+        before = Before(channels_last(z), activation, sums)
+    return kernel_choice.dgrad(channels_last(grad), weight, lists, block, window, tuple(input_size), before), sums
 
 
 def _conv_wgrad(
@@ -121,10 +124,11 @@ def _conv_wgrad(
     return kernel_choice.wgrad(channels_last(grad), channels_last(x), weight, lists, probes, block, window)
 
 
-def activation_backward(grad: Tensor, z: Tensor, activation: str) -> Tensor:
-    """Gradient with respect to z, where no input gradient ends with it."""
+def activation_backward(grad: Tensor, z: Tensor, activation: str, channels: int) -> tuple[Tensor, Tensor]:
+    """Gradient with respect to z, where no input gradient ends with it, and with respect to a bias in z."""
     _check_z(z, activation, grad.shape, grad)
-    return reference.differentiate(grad, z, activation, torch.empty_like(grad))
+    grad_z = reference.differentiate(grad, z, activation, torch.empty_like(grad))
+    return grad_z, reference.channel_sums(grad_z, channels)
 
 
 def attention(
@@ -161,6 +165,11 @@ IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {
     "conv_dgrad": _conv_dgrad,
     "conv_wgrad": _conv_wgrad,
 }
+
+
+def new_sums(grad: Tensor, channels: int) -> Tensor:
+    """Where the sums of a gradient over its positions go."""
+    return grad.new_empty(channels, dtype=torch.promote_types(grad.dtype, torch.float32))
 
 
 def saves_z(activation: str) -> bool:

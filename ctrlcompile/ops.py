@@ -22,19 +22,22 @@ from ctrlcompile import op_calls
 from ctrlcompile.calls import visible
 from ctrlcompile.kernels.attention import LIVE
 from ctrlcompile.kernels.index_lists import BlockLists, expand, mask_of, matrix_block, matrix_shape
+from ctrlcompile.kernels.reference import channel_sums
 from ctrlcompile.kernels.window import Window, channels_last
 
 _library = torch.library.Library("ctrlprune", "DEF")
 _LISTS = "Tensor[] lists, Tensor probes"
 _GATED = f"{_LISTS}, int block_out, int block_in"
 _TRANSPOSED = f"{_LISTS}, int block_in, int block_out"
-_BEFORE = 'Tensor? z=None, str activation="none"'  # of the layer whose output the input is: the gradient is z's
+# Of the layer whose output the input is: the gradient is z's, and `sums` [K] what it adds up to, else empty.
+_BEFORE = 'Tensor? z=None, str activation="none"'
 _WINDOW = "int[] stride, int[] padding, int[] dilation, int groups"
 _library.define(
     f"linear(Tensor x, Tensor weight, Tensor? bias, Tensor signals, {_GATED}, str activation) -> (Tensor y, Tensor z)"
 )
 _library.define(
-    f"linear_dgrad(Tensor grad, Tensor weight, Tensor[] lists, int block_out, int block_in, {_BEFORE}) -> Tensor"
+    f"linear_dgrad(Tensor grad, Tensor weight, Tensor[] lists, int block_out, int block_in, {_BEFORE})"
+    " -> (Tensor grad_x, Tensor sums)"
 )
 _library.define(f"linear_wgrad(Tensor grad, Tensor x, Tensor weight, {_GATED}) -> (Tensor grad_weight, Tensor signals)")
 _library.define(f"matmul(Tensor x, Tensor weight, Tensor signals, {_TRANSPOSED}) -> Tensor")
@@ -49,7 +52,7 @@ _library.define(
 )
 _library.define(
     "conv_dgrad(Tensor grad, Tensor weight, Tensor[] lists, int block_out, int block_in, SymInt[] input_size, "
-    f"{_WINDOW}, {_BEFORE}) -> Tensor"
+    f"{_WINDOW}, {_BEFORE}) -> (Tensor grad_x, Tensor sums)"
 )
 _library.define(
     f"conv_wgrad(Tensor grad, Tensor x, Tensor weight, {_GATED}, {_WINDOW}) -> (Tensor grad_weight, Tensor signals)"
@@ -60,7 +63,10 @@ _library.define(
     f"attention_backward(Tensor grad, Tensor query, Tensor key, Tensor value, Tensor out, Tensor sums, {_HEADS})"
     " -> (Tensor grad_query, Tensor grad_key, Tensor grad_value)"
 )
-_library.define("activation_backward(Tensor grad, Tensor z, str activation) -> Tensor")
+# channels: the dimension that `sums` are along
+_library.define(
+    "activation_backward(Tensor grad, Tensor z, str activation, int channels) -> (Tensor grad_z, Tensor sums)"
+)
 
 linear = torch.ops.ctrlprune.linear
 linear_dgrad = torch.ops.ctrlprune.linear_dgrad
@@ -101,7 +107,8 @@ def _(x, weight, bias, signals, lists, probes, block_out, block_in, activation):
 
 @torch.library.register_fake("ctrlprune::linear_dgrad", lib=_library)
 def _(grad, weight, lists, block_out, block_in, z=None, activation="none"):  # type: ignore[no-untyped-def]
-    return grad.new_empty(*grad.shape[:-1], weight.shape[1])
+    inputs = weight.shape[1]
+    return grad.new_empty(*grad.shape[:-1], inputs), op_calls.new_sums(grad, 0 if z is None else inputs)
 
 
 @torch.library.register_fake("ctrlprune::matmul", lib=_library)
@@ -124,8 +131,9 @@ def _(x, weight, bias, signals, lists, probes, block_out, block_in, activation, 
 
 
 @torch.library.register_fake("ctrlprune::conv_dgrad", lib=_library)
-def _(grad, weight, lists, block_out, block_in, input_size, stride, padding, dilation, groups, *_):  # type: ignore[no-untyped-def]
-    return _image(grad, weight.shape[1] * groups, input_size)
+def _(grad, weight, lists, block_out, block_in, input_size, stride, padding, dilation, groups, z=None, *_):  # type: ignore[no-untyped-def]
+    channels = weight.shape[1] * groups
+    return _image(grad, channels, input_size), op_calls.new_sums(grad, 0 if z is None else channels)
 
 
 @torch.library.register_fake("ctrlprune::linear_wgrad", lib=_library)
@@ -136,8 +144,8 @@ def _(grad, x, weight, lists, *_):  # type: ignore[no-untyped-def]
 
 
 @torch.library.register_fake("ctrlprune::activation_backward", lib=_library)
-def _(grad, z, activation):  # type: ignore[no-untyped-def]
-    return torch.empty_like(grad)
+def _(grad, z, activation, channels):  # type: ignore[no-untyped-def]
+    return torch.empty_like(grad), op_calls.new_sums(grad, grad.shape[channels])
 
 
 @torch.library.register_fake("ctrlprune::attention", lib=_library)
@@ -180,29 +188,28 @@ def _backward(ctx: Any, grad_y: Tensor | None, _grad_z: None) -> tuple[Any, ...]
         return (None, None, None, None, *unused)
     x, weight, probes, *rest = ctx.saved_tensors
     lists, kept = rest[: ctx.lists], rest[ctx.lists :]
-    if ctx.activation == "none":
-        grad = grad_y
-    elif ctx.activation == "relu":
-        grad = torch.ops.aten.threshold_backward(grad_y, kept[0], 0)
-    else:
-        grad = activation_backward(grad_y, kept[0], ctx.activation)  # an operator that `fuse_derivative` can find
     needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
-    grad_x = grad_weight = grad_signals = grad_bias = None
+    grad_x = grad_weight = grad_signals = None
+    grad, channels = grad_y, 1 if ctx.moves else -1
+    if op_calls.saves_z(ctx.activation):
+        # An operator that `fuse_derivative` can find.
+        grad, sums = activation_backward(grad, kept[0], ctx.activation, channels)
+        grad_bias = sums.to(ctx.bias_dtype) if needs_bias else None
+    else:
+        if ctx.activation == "relu":
+            grad = torch.ops.aten.threshold_backward(grad, kept[0], 0)
+        grad_bias = channel_sums(grad, channels).to(ctx.bias_dtype) if needs_bias else None
     if ctx.moves:
         grad = channels_last(grad)
         if needs_x:
-            grad_x = conv_dgrad(grad, weight, lists, *ctx.block, x.shape[2:], *ctx.moves)
+            grad_x, _ = conv_dgrad(grad, weight, lists, *ctx.block, x.shape[2:], *ctx.moves)
         if needs_weight:
             grad_weight, grad_signals = conv_wgrad(grad, x, weight, lists, probes, *ctx.block, *ctx.moves)
-        channels = 1
     else:
         if needs_x:
-            grad_x = linear_dgrad(grad, weight, lists, *ctx.block)
+            grad_x, _ = linear_dgrad(grad, weight, lists, *ctx.block)
         if needs_weight:
             grad_weight, grad_signals = linear_wgrad(grad, x, weight, lists, probes, *ctx.block)
-        channels = -1
-    if needs_bias:
-        grad_bias = grad.movedim(channels, -1).flatten(0, -2).sum(0, dtype=ctx.bias_dtype)
     return (grad_x, grad_weight, grad_bias, grad_signals, *unused)
 
 

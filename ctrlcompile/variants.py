@@ -220,8 +220,8 @@ _tables: weakref.WeakKeyDictionary[Gate, Table] = weakref.WeakKeyDictionary()
 def _last(role: str, arguments: tuple[Any, ...]) -> str:
     """What the kernel of a call does with its sums, as `cpp_rows.source` calls it."""
     if role == "dgrad":
-        *_, z, activation = arguments
-        return "none" if z is None else backward(activation)
+        before = arguments[-1]
+        return "none" if before is None else backward(before.activation)
     return str(arguments[_LISTS["forward"] + 2]) if role == "forward" else "none"
 
 

@@ -25,14 +25,16 @@ def source(
     """C++ for blocks of `outputs` x `inputs` (sides along the output's and the input's columns).
 
     `activation` is one of `reference.ACTIVATIONS`, or what `reference.backward` makes of one of `DIFFERENTIATED`: then
-    sums are gradients of that activation's outputs, and multiplied by its slope at the z that is given.
+    sums are gradients of that activation's outputs, and multiplied by its slope at the z that is given; what they add
+    up to over all rows comes out, too.
     """
     last = cpp_vectors.activation("none" if activation.endswith(BACKWARD) else activation)
     if activation.endswith(BACKWARD):
         last += cpp_vectors.slope(activation.removesuffix(BACKWARD))
     strips = panels(outputs, isa)
     calls = "\n".join(
-        f"        strip<v{s.lanes}, {s.vectors}, {s.rows}>(c, list, phase, {s.first}, tile_x, tile);" for s in strips
+        f"        strip<v{s.lanes}, {s.vectors}, {s.rows}>(c, list, phase, {s.first}, tile_x, tile, total);"
+        for s in strips
     )
     packs = "\n".join(f"    pack_strip<{s.width}>(c, list, phase, {s.first});" for s in strips)
     return (
@@ -68,17 +70,18 @@ template <class V> INLINE typename V::f with_slope(typename V::f sum, const x_t*
   return sum;
 }
 
-// Stores z where it is wanted, and y, of `width` columns.
+// Stores z where it is wanted, and y, of `width` columns; adds up gradients of z into `total`.
 template <class V, int VECTORS, int ROWS>
 INLINE void finish(const Call& c, const int64_t* to, int64_t column, int64_t width,
-                   typename V::f (&acc)[ROWS][VECTORS]) {
+                   typename V::f (&acc)[ROWS][VECTORS], float* total) {
   constexpr int WIDTH = VECTORS * V::lanes;
   if (width >= WIDTH) {
     UNROLL for (int i = 0; i < ROWS; ++i)
       UNROLL for (int v = 0; v < VECTORS; ++v) {
         const int64_t at = to[i] + column + v * V::lanes;
         if (KEEPS_Z) store<V>(c.z + at, acc[i][v]);
-        store<V>(c.y + at, activate<V>(with_slope<V>(acc[i][v], c.z + at)));
+        acc[i][v] = with_slope<V>(acc[i][v], c.z + at);
+        store<V>(c.y + at, activate<V>(acc[i][v]));
       }
   } else {
     UNROLL for (int i = 0; i < ROWS; ++i) {
@@ -86,18 +89,25 @@ INLINE void finish(const Call& c, const int64_t* to, int64_t column, int64_t wid
       x_t* const given = c.z + to[i] + column;
       if (TAKES_Z) std::memcpy(z, given, width * sizeof(x_t));
       UNROLL for (int v = 0; v < VECTORS; ++v) {
-        store<V>(y + v * V::lanes, activate<V>(with_slope<V>(acc[i][v], z + v * V::lanes)));
         if (KEEPS_Z) store<V>(z + v * V::lanes, acc[i][v]);
+        acc[i][v] = with_slope<V>(acc[i][v], z + v * V::lanes);
+        store<V>(y + v * V::lanes, activate<V>(acc[i][v]));
       }
       std::memcpy(c.y + to[i] + column, y, width * sizeof(x_t));
       if (KEEPS_Z) std::memcpy(given, z, width * sizeof(x_t));
     }
   }
+  if (TAKES_Z)
+    UNROLL for (int v = 0; v < VECTORS; ++v) {
+      typename V::f sum = acc[0][v];
+      UNROLL for (int i = 1; i < ROWS; ++i) sum += acc[i][v];
+      store<V>(total + v * V::lanes, load<V>(total + v * V::lanes) + sum);
+    }
 }
 
 template <class V, int VECTORS, int ROWS>
 __attribute__((noinline)) void kernel(const Call& c, const List& list, const Phase& phase, int strip, const float* x,
-                                      const Rows& rows, const int64_t* tap_at, int64_t row) {
+                                      const Rows& rows, const int64_t* tap_at, int64_t row, float* total) {
   constexpr int WIDTH = VECTORS * V::lanes;
   const int64_t* const to = rows.to + row;
   const int64_t column = list.column + strip;
@@ -133,28 +143,28 @@ __attribute__((noinline)) void kernel(const Call& c, const List& list, const Pha
     }
     from = next;
   }
-  finish<V, VECTORS, ROWS>(c, to, column, list.width - strip, acc);
+  finish<V, VECTORS, ROWS>(c, to, column, list.width - strip, acc, total + strip);
 }
 
 template <class V, int VECTORS, int ROWS>
 void kernel_of(int64_t count, const Call& c, const List& list, const Phase& phase, int strip, const float* x,
-               const Rows& rows, const int64_t* tap_at, int64_t row) {
+               const Rows& rows, const int64_t* tap_at, int64_t row, float* total) {
   if (count == ROWS)
-    kernel<V, VECTORS, ROWS>(c, list, phase, strip, x, rows, tap_at, row);
+    kernel<V, VECTORS, ROWS>(c, list, phase, strip, x, rows, tap_at, row, total);
   else if constexpr (ROWS > 1)
-    kernel_of<V, VECTORS, ROWS - 1>(count, c, list, phase, strip, x, rows, tap_at, row);
+    kernel_of<V, VECTORS, ROWS - 1>(count, c, list, phase, strip, x, rows, tap_at, row, total);
 }
 
 // One strip of an output block for the rows of a tile in one phase, in groups of nearly equal size.
 template <class V, int VECTORS, int ROWS>
-void strip(const Call& c, const List& list, int64_t f, int at, const float* x, const Tile& tile) {
+void strip(const Call& c, const List& list, int64_t f, int at, const float* x, const Tile& tile, float* total) {
   if (at >= list.width) return;
   const Phase& phase = c.g.phase()[f];
   const Rows& rows = tile.phase[f];
   const int64_t groups = (rows.count + ROWS - 1) / ROWS;
   for (int64_t g = 0; g < groups; ++g) {
     const int64_t begin = part(rows.count, groups, g), end = part(rows.count, groups, g + 1);
-    kernel_of<V, VECTORS, ROWS>(end - begin, c, list, phase, at, x, rows, tile.tap_at + phase.first_tap, begin);
+    kernel_of<V, VECTORS, ROWS>(end - begin, c, list, phase, at, x, rows, tile.tap_at + phase.first_tap, begin, total);
   }
 }
 
@@ -193,6 +203,16 @@ void fill(const Call& c, const List* lists, const Constant* constants, int64_t c
   if (STREAM) streamed();
 }
 
+// ---- sums over all rows --------------------------------------------------------------------------------------------
+
+// Those of each tile, one after the other, so that they come out the same at each run. What sums over nothing is zero.
+void add_up(const List& list, const float* totals, int64_t tiles, int64_t step, int64_t phases, float* sums) {
+  double sum[OUT] = {};
+  for (int64_t i = 0; i < tiles; ++i, totals += step)
+    for (int64_t at = 0; at < phases * OUT; ++at) sum[at % OUT] += totals[at];
+  for (int64_t o = 0; o < list.width; ++o) sums[list.column + o] = sum[o];
+}
+
 // ---- the plan ------------------------------------------------------------------------------------------------------
 
 bool lie_in_order(const Geometry& g, int64_t w_tap) {
@@ -204,7 +224,7 @@ bool lie_in_order(const Geometry& g, int64_t w_tap) {
 struct Plan {
   int64_t columns, lists, pixel_stride;
   Tiles tiles;
-  int64_t tile_floats, table_bytes, packed_floats;
+  int64_t tile_floats, table_bytes, packed_floats, total_floats;
   Plan(const Geometry& g, int64_t groups, int64_t outputs, int64_t inputs, int64_t tile_bytes)
       : columns((inputs + IN - 1) / IN),
         lists(groups * ((outputs + OUT - 1) / OUT)),
@@ -213,6 +233,7 @@ struct Plan {
     tile_floats = tiles.pixels * pixel_stride;
     table_bytes = Tile::bytes(tiles);
     packed_floats = lists * columns * g.taps * OUT * IN;
+    total_floats = TAKES_Z ? tiles.count * g.phases * lists * OUT : 0;
   }
 };
 
@@ -243,16 +264,16 @@ extern "C" int64_t scratch_bytes(const Geometry* g, int64_t groups, int64_t outp
   const Plan p(*g, groups, outputs, inputs, tile_bytes);
   return threads * p.table_bytes + p.lists * (int64_t)(sizeof(List) + sizeof(Constant)) +
          groups * p.columns * (int64_t)(sizeof(Run) + sizeof(int32_t)) +
-         4 * (p.packed_floats + threads * p.tile_floats + p.lists * OUT + p.tiles.count + 1);
+         4 * (p.packed_floats + threads * p.tile_floats + p.lists * OUT + p.total_floats + p.tiles.count + 1);
 }
 
-// x and y as `geometry` has them, z like y. Outputs and inputs are those of a group. The weight is
-// [groups * outputs, inputs, taps] with a list for each of its block rows, or [outputs, groups * inputs, taps], each
-// group with its own inputs, where `shared`.
+// x and y as `geometry` has them, z like y, sums [groups * outputs]. Outputs and inputs are those of a group. The
+// weight is [groups * outputs, inputs, taps] with a list for each of its block rows, or
+// [outputs, groups * inputs, taps], each group with its own inputs, where `shared`.
 extern "C" void run(const Geometry* geometry, const x_t* x, const w_t* weight, int64_t w_out, int64_t w_in,
                     int64_t w_tap, const float* bias, const int32_t* offsets, const int32_t* indices,
-                    const int32_t* order, x_t* y, x_t* z, int64_t groups, int64_t outputs, int64_t inputs, int shared,
-                    int64_t tile_bytes, int threads, char* scratch) {
+                    const int32_t* order, x_t* y, x_t* z, float* sums, int64_t groups, int64_t outputs, int64_t inputs,
+                    int shared, int64_t tile_bytes, int threads, char* scratch) {
   const Plan p(*geometry, groups, outputs, inputs, tile_bytes);
   List* const lists = (List*)(scratch + threads * p.table_bytes);
   Constant* const constants = (Constant*)(lists + p.lists);
@@ -260,7 +281,8 @@ extern "C" void run(const Geometry* geometry, const x_t* x, const w_t* weight, i
   float* const packed = (float*)(runs + groups * p.columns);
   float* const tile_buffers = packed + p.packed_floats;
   float* const whole_bias = tile_buffers + threads * p.tile_floats;
-  int32_t* const next_turn = (int32_t*)(whole_bias + p.lists * OUT);
+  float* const totals = whole_bias + p.lists * OUT;  // [tile][turn][OUT]
+  int32_t* const next_turn = (int32_t*)(totals + p.total_floats);
   int32_t* const next_tile = next_turn + p.tiles.count;
   int32_t* const named = next_tile + 1;
   Call c = {*geometry, x, weight, w_out, w_in, w_tap, indices, y, z, groups, inputs, shared ? groups * inputs : inputs,
@@ -272,7 +294,7 @@ extern "C" void run(const Geometry* geometry, const x_t* x, const w_t* weight, i
   c.runs = set_runs(c, lists, live, named, runs);
   const int64_t rows = p.tiles.count * p.tiles.rows * geometry->phases;
   const bool large = rows * groups * outputs * (int64_t)sizeof(x_t) > 2 * tile_bytes;
-  const int64_t sums = live * geometry->phases, turns = sums + (live < p.lists);
+  const int64_t listed = live * geometry->phases, turns = listed + (live < p.lists);
 
 #pragma omp parallel num_threads(threads)
   {
@@ -291,12 +313,14 @@ extern "C" void run(const Geometry* geometry, const x_t* x, const w_t* weight, i
           pack_x(c, tile, tile_x);
         }
         held = i;
-        if (turn == sums) {
+        if (turn == listed) {
           (large ? fill<true> : fill<false>)(c, lists + live, constants + live, p.lists - live, tile);
           continue;
         }
         const List& list = lists[turn / geometry->phases];
         const int64_t phase = turn % geometry->phases;
+        float* const total = TAKES_Z ? totals + (i * listed + turn) * OUT : nullptr;
+        if (TAKES_Z) std::fill_n(total, OUT, 0);
 $CALLS
       }
     };
@@ -306,6 +330,13 @@ $CALLS
       work_on(i);
     }
     for (int64_t i = 0; i < p.tiles.count; ++i) work_on(i);
+    if (TAKES_Z) {
+#pragma omp barrier
+#pragma omp for
+      for (int64_t l = 0; l < p.lists; ++l)
+        add_up(lists[l], totals + l * geometry->phases * OUT, l < live ? p.tiles.count : 0, listed * OUT,
+               geometry->phases, sums);
+    }
   }
 }
 """

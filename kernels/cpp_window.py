@@ -11,6 +11,7 @@ how far a tap is from there.
 import ctypes
 import functools
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 _DIMENSIONS = 3  # that a geometry has room for: depth, height, width
@@ -26,11 +27,19 @@ class Phase(NamedTuple):
     taps: Taps
 
 
+@dataclass(frozen=True, eq=False)  # a key of caches that are read at each call
+class Geometry:
+    """The C++ `Geometry`: its words, and where they lie."""
+
+    words: ctypes.Array[ctypes.c_int64]
+    address: int
+
+
 @functools.lru_cache
 def geometry(
     images: int, size: Size, step: Size, phases: tuple[Phase, ...], x_stride: Size, y_stride: Size
-) -> ctypes.Array[ctypes.c_int64]:
-    """The `Geometry` of the C++ for inputs of `size` pixels.
+) -> Geometry:
+    """That of inputs of `size` pixels.
 
     Output pixel p of a phase reads input pixel `p * step + offset` for each of its taps' offsets. `x_stride` and
     `y_stride` are those of an image and of each dimension, in entries, as is a phase's start.
@@ -51,7 +60,8 @@ def geometry(
     for phase in phases:
         words += [*_three(phase.out, 1), phase.start, taps, len(phase.taps)]
         taps += len(phase.taps)
-    return (ctypes.c_int64 * len(words))(*words)
+    array = (ctypes.c_int64 * len(words))(*words)
+    return Geometry(array, ctypes.addressof(array))
 
 
 def _three(sizes: Sequence[int], missing: int) -> list[int]:

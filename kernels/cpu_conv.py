@@ -20,7 +20,7 @@ from .cpu_product import Block
 from .cpu_product import sources as sources
 from .cpu_product import supported as supported
 from .index_lists import BlockLists
-from .reference import backward
+from .reference import Before
 from .window import Window, channels_last
 
 
@@ -46,22 +46,19 @@ def forward(
 
 def dgrad(
     grad_z: Tensor, weight: Tensor, lists: BlockLists, block: Block, window: Window, input_size: Size,
-    z: Tensor | None = None, activation: str = "none",
+    before: Before | None = None,
 ) -> Tensor:  # fmt: skip
     """Gradient with respect to the input, `reference.conv_dgrad`: grad_z `[N, O, *out]` -> `[N, I, *input_size]`.
 
-    z, of the layer before this one, has the shape and the dtype of what is returned, and is channels-last.
+    Or to what is before it, whose z is channels-last.
     """
     grad_z = channels_last(grad_z)
     grad_x = _empty(grad_z, weight.shape[1] * window.groups, input_size)
-    if grad_x.numel():
-        by_columns = lists.ccol_indices, lists.row_indices, lists.column_order
-        transposed = weight.flatten(2).transpose(0, 1)
-        last, z = ("none", grad_x) if z is None else (backward(activation), z)
-        cpu_product.rows(
-            _transposed_geometry(grad_z, grad_x, weight, window), grad_z, transposed, None, by_columns, grad_x, z,
-            (block[1], block[0]), last, window.groups, shared=True,
-        )  # fmt: skip
+    by_columns = lists.ccol_indices, lists.row_indices, lists.column_order
+    cpu_product.gradient_rows(
+        _transposed_geometry(grad_z, grad_x, weight, window), grad_z, weight.flatten(2).transpose(0, 1), by_columns,
+        grad_x, before, (block[1], block[0]), window.groups, shared=True,
+    )  # fmt: skip
     return grad_x
 
 

@@ -3,6 +3,8 @@
 The kernels are those of `cpu_product`, for the window of one tap over one line of pixels: the rows of x.
 """
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -12,7 +14,7 @@ from .cpu_product import Block, Geometry
 from .cpu_product import sources as sources
 from .cpu_product import supported as supported
 from .index_lists import BlockLists
-from .reference import backward
+from .reference import Before
 
 
 def forward(
@@ -27,23 +29,19 @@ def forward(
     z = torch.empty_like(y) if activation.startswith("gelu") else x.new_empty(0)
     by_rows = lists.crow_indices, lists.col_indices, lists.row_order
     if y.numel():
-        cpu_product.rows(_geometry(x, y), x, weight[..., None], bias, by_rows, y, z, block, activation)
+        cpu_product.rows(_geometry(x, y), x, weight, bias, by_rows, y, z, block, activation)
     return y, z
 
 
-def dgrad(
-    grad_z: Tensor, weight: Tensor, lists: BlockLists, block: Block, z: Tensor | None = None, activation: str = "none"
-) -> Tensor:
+def dgrad(grad_z: Tensor, weight: Tensor, lists: BlockLists, block: Block, before: Before | None = None) -> Tensor:
     """Gradient with respect to the input, `reference.linear_dgrad`: grad_z `[M, N]`, weight `[N, K]` -> `[M, K]`.
 
-    z, of the layer before this one, is contiguous `[M, K]` in grad_z's dtype.
+    Or to what is before it, whose z is contiguous.
     """
     grad_x = grad_z.new_empty(grad_z.shape[0], weight.shape[1])
     by_columns = lists.ccol_indices, lists.row_indices, lists.column_order
-    if grad_x.numel():
-        geometry, sides = _geometry(grad_z, grad_x), (block[1], block[0])
-        last, z = ("none", grad_x) if z is None else (backward(activation), z)
-        cpu_product.rows(geometry, grad_z, weight.t()[..., None], None, by_columns, grad_x, z, sides, last)
+    geometry, sides = _geometry(grad_z, grad_x), (block[1], block[0])
+    cpu_product.gradient_rows(geometry, grad_z, weight.t(), by_columns, grad_x, before, sides)
     return grad_x
 
 
@@ -58,12 +56,16 @@ def wgrad(
     grad_weight = weight.new_empty(weight.shape)
     signals = weight.new_empty(2, *lists.grid, dtype=torch.float32)
     geometry = _geometry(x, grad_z)
-    cpu_product.wgrad(geometry, grad_z, x, weight[..., None], lists, probes, grad_weight, signals, block)
+    cpu_product.wgrad(geometry, grad_z, x, weight, lists, probes, grad_weight, signals, block)
     return grad_weight, signals
 
 
 def _geometry(x: Tensor, y: Tensor) -> Geometry:
+    return _lines(x.shape[0], x.stride(0), y.stride(0))
+
+
+@functools.lru_cache(maxsize=1024)
+def _lines(rows: int, x_stride: int, y_stride: int) -> Geometry:
     """The rows of x and y as two lines of pixels."""
-    size = (x.shape[0],)
-    phase = cpp_window.Phase(size, 0, (((0,), 0),))
-    return cpp_window.geometry(1, size, (1,), (phase,), (0, x.stride(0)), (0, y.stride(0)))
+    phase = cpp_window.Phase((rows,), 0, (((0,), 0),))
+    return cpp_window.geometry(1, (rows,), (1,), (phase,), (0, x_stride), (0, y_stride))

@@ -18,10 +18,11 @@ import torch
 from torch import Tensor
 
 from . import build, cpp_rows, cpp_wgrad, isa
+from .cpp_window import Geometry as Geometry
 from .index_lists import BlockLists
+from .reference import Before, backward
 
 Block = tuple[int, int]
-Geometry = ctypes.Array[ctypes.c_int64]
 
 _DTYPES = ((torch.float32, torch.float32), (torch.bfloat16, torch.bfloat16), (torch.bfloat16, torch.float32))
 _PANEL_BYTES = 32 << 10  # of the two panels of a block in the weight gradient, to be read from the first-level cache
@@ -38,27 +39,42 @@ def supported(x_dtype: torch.dtype, weight_dtype: torch.dtype, block: Block) -> 
 
 def rows(
     geometry: Geometry, x: Tensor, weight: Tensor, bias: Tensor | None, lists: tuple[Tensor, ...], y: Tensor, z: Tensor,
-    block: Block, activation: str = "none", groups: int = 1, shared: bool = False,
+    block: Block, activation: str = "none", groups: int = 1, shared: bool = False, sums: Tensor | None = None,
 ) -> None:  # fmt: skip
     """Writes y, and z where the activation needs it: a sum over the listed blocks for each block of outputs.
 
-    Of an activation's backward pass (`reference.backward`) z is read, not written. It lies in memory as y does.
-    `geometry` says where the rows of y and their inputs lie (`cpp_window.geometry`); `lists` are the offsets, indices
-    and order of the blocks of `block`, `(outputs, inputs)`, that each block of outputs sums over. The weight is
-    `[groups * outputs, inputs, taps]`, each list names inputs of its own group; or, where `shared`,
-    `[outputs, groups * inputs, taps]`, and a list serves the block at its place in every group.
+    Of an activation's backward pass (`reference.backward`) z is read, not written, and `sums` is set. z lies in memory
+    as y does. `geometry` says where the rows of y and their inputs lie (`cpp_window.geometry`); `lists` are the
+    offsets, indices and order of the blocks of `block`, `(outputs, inputs)`, that each block of outputs sums over. The
+    weight is `[groups * outputs, inputs, taps]`, each list names inputs of its own group; or, where `shared`,
+    `[outputs, groups * inputs, taps]`, and a list serves the block at its place in every group. A linear's has no taps.
     """
     outputs, inputs = weight.shape[:2]
     outputs, inputs = (outputs, inputs // groups) if shared else (outputs // groups, inputs)
     library = _rows_library(block, x.dtype, weight.dtype, activation, isa.current())
     bias = None if bias is None else bias.float().contiguous()
     threads, cached = torch.get_num_threads(), _second_level_bytes() // 2
-    scratch = _scratch(library.scratch_bytes(geometry, groups, outputs, inputs, cached, threads))
+    scratch = _scratch(_scratch_bytes(library, geometry, groups, outputs, inputs, cached, threads))
     library.run(
-        geometry, x.data_ptr(), weight.data_ptr(), *weight.stride(), None if bias is None else bias.data_ptr(),
-        *(part.data_ptr() for part in lists), y.data_ptr(), z.data_ptr(), groups, outputs, inputs, shared, cached,
-        threads, scratch.data_ptr(),
+        geometry.address, x.data_ptr(), weight.data_ptr(), *_strides(weight), None if bias is None else bias.data_ptr(),
+        *(part.data_ptr() for part in lists), y.data_ptr(), z.data_ptr(), None if sums is None else sums.data_ptr(),
+        groups, outputs, inputs, shared, cached, threads, scratch.data_ptr(),
     )  # fmt: skip
+
+
+def gradient_rows(
+    geometry: Geometry, grad_z: Tensor, weight: Tensor, lists: tuple[Tensor, ...], grad_x: Tensor,
+    before: Before | None, block: Block, groups: int = 1, shared: bool = False,
+) -> None:  # fmt: skip
+    """As `rows`, of an input gradient: of what is `before` the input where that is given."""
+    if not grad_x.numel():
+        if before is not None:
+            before.sums.zero_()
+    elif before is None:
+        rows(geometry, grad_z, weight, None, lists, grad_x, grad_x, block, "none", groups, shared)
+    else:
+        last = backward(before.activation)
+        rows(geometry, grad_z, weight, None, lists, grad_x, before.z, block, last, groups, shared, before.sums)
 
 
 def wgrad(
@@ -73,11 +89,11 @@ def wgrad(
     n, k = grad_weight.shape[:2]
     entries = int(lists.crow_indices[-1]) + probes.numel()
     plan = groups, n, k, entries, _PANEL_BYTES, _second_level_bytes() * 3 // 4, torch.get_num_threads()
-    scratch = _scratch(library.scratch_bytes(geometry, *plan))
+    scratch = _scratch(library.scratch_bytes(geometry.address, *plan))
     library.run(
-        geometry, grad_z.data_ptr(), x.data_ptr(), weight.data_ptr(), *weight.stride(), lists.crow_indices.data_ptr(),
-        lists.col_indices.data_ptr(), probes.data_ptr(), probes.numel(), grad_weight.data_ptr(), signals.data_ptr(),
-        *plan, scratch.data_ptr(),
+        geometry.address, grad_z.data_ptr(), x.data_ptr(), weight.data_ptr(), *_strides(weight),
+        lists.crow_indices.data_ptr(), lists.col_indices.data_ptr(), probes.data_ptr(), probes.numel(),
+        grad_weight.data_ptr(), signals.data_ptr(), *plan, scratch.data_ptr(),
     )  # fmt: skip
 
 
@@ -103,7 +119,7 @@ def _rows_library(
 ) -> ctypes.CDLL:
     source = cpp_rows.source(target, *block, x_dtype, weight_dtype, activation)
     library = build.load(_name(f"rows_{activation}", block, x_dtype, weight_dtype, target), source, target.flags)
-    return _declare(library, "p p p l l l p p p p p p l l l i l i p", "p l l l l i")
+    return _declare(library, "p p p l l l p p p p p p p l l l i l i p", "p l l l l i")
 
 
 @functools.cache
@@ -125,6 +141,16 @@ def _declare(library: ctypes.CDLL, run: str, scratch_bytes: str) -> ctypes.CDLL:
     library.scratch_bytes.argtypes = [kinds[kind] for kind in scratch_bytes.split()]
     library.scratch_bytes.restype = ctypes.c_int64
     return library
+
+
+@functools.lru_cache(maxsize=1024)
+def _scratch_bytes(library: ctypes.CDLL, geometry: Geometry, *plan: int) -> int:
+    return int(library.scratch_bytes(geometry.address, *plan))
+
+
+def _strides(weight: Tensor) -> tuple[int, ...]:
+    """Along outputs, inputs and taps."""
+    return (*weight.stride(), 1)[:3]
 
 
 _held = threading.local()

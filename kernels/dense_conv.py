@@ -31,11 +31,11 @@ def forward(
 
 def dgrad(
     grad_z: Tensor, weight: Tensor, lists: BlockLists, block: Block, window: Window, input_size: tuple[int, ...],
-    z: Tensor | None = None, activation: str = "none",
+    before: reference.Before | None = None,
 ) -> Tensor:  # fmt: skip
-    """Gradient with respect to the input: grad_z `[N, O, *out]` -> `[N, I, *input_size]`, as z, channels-last."""
+    """Gradient with respect to the input: grad_z `[N, O, *out]` -> `[N, I, *input_size]`, channels-last."""
     grad_x = input_gradient(grad_z, weight.to(grad_z.dtype), window, input_size)
-    return grad_x if z is None else reference.differentiate(grad_x, z, activation)
+    return grad_x if before is None else before.backward(grad_x)
 
 
 def wgrad(

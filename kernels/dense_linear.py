@@ -28,11 +28,11 @@ def forward(
 
 
 def dgrad(
-    grad_z: Tensor, weight: Tensor, lists: BlockLists, block: Block, z: Tensor | None = None, activation: str = "none"
+    grad_z: Tensor, weight: Tensor, lists: BlockLists, block: Block, before: reference.Before | None = None
 ) -> Tensor:
-    """Gradient with respect to the input: grad_z `[M, N]`, weight `[N, K]`, z `[M, K]` or None -> `[M, K]`."""
+    """Gradient with respect to the input, or to what is before it: grad_z `[M, N]`, weight `[N, K]` -> `[M, K]`."""
     grad_x = grad_z @ weight
-    return grad_x if z is None else reference.differentiate(grad_x, z, activation)
+    return grad_x if before is None else before.backward(grad_x)
 
 
 def wgrad(

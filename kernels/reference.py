@@ -8,7 +8,7 @@ be its input infinite, it adds nothing.
 
 import itertools
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -174,6 +174,32 @@ def activate(z: Tensor, activation: str) -> Tensor:
     if activation == "gelu_tanh":
         return F.gelu(z, approximate="tanh")
     raise ValueError(f"unknown activation {activation!r}; allowed are {', '.join(ACTIVATIONS)}")
+
+
+class Before(NamedTuple):
+    """The activation before a layer, `x = activation(z)`, where its input gradient goes on to be that of z.
+
+    z has the shape and the dtype of x, and lies in memory as the gradient does. `sums`, float32 `[K]`, receives what
+    the gradient adds up to over all positions: the gradient of a bias that is a part of z.
+    """
+
+    z: Tensor
+    activation: str
+    sums: Tensor
+
+    def backward(self, grad_x: Tensor) -> Tensor:
+        """The gradient of z for that of x `[M, K]` or `[N, K, *size]`; sets `sums`."""
+        return self.summed(differentiate(grad_x, self.z, self.activation))
+
+    def summed(self, grad_z: Tensor) -> Tensor:
+        """Sets `sums` of a gradient that is z's already."""
+        self.sums.copy_(channel_sums(grad_z, 1))
+        return grad_z
+
+
+def channel_sums(grad: Tensor, channels: int) -> Tensor:
+    """The gradient of a bias along the dimension `channels`, summed in float32 or wider."""
+    return grad.movedim(channels, -1).flatten(0, -2).sum(0, dtype=_compute_dtype(grad))
 
 
 def backward(activation: str) -> str:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from . import triton_launch, triton_tune
 from .index_lists import BlockLists
-from .reference import backward
+from .reference import Before, backward
 from .triton_linear import supported as supported
 from .triton_rows import Rows
 from .triton_wgrad import Wgrad
@@ -52,20 +52,23 @@ def forward(
 
 def dgrad(
     grad_z: Tensor, weight: Tensor, lists: BlockLists, block: Block, window: Window, input_size: Shape,
-    z: Tensor | None = None, activation: str = "none",
+    before: Before | None = None,
 ) -> Tensor:  # fmt: skip
     """Gradient with respect to the input, `reference.conv_dgrad`: grad_z `[N, O, *out]` -> `[N, I, *input_size]`.
 
-    weight `[O, I/groups, *taps]`; grad_z, the result and the z of the layer before this one are channels-last.
+    Or to what is before it. weight `[O, I/groups, *taps]`; grad_z, the result and z are channels-last.
     """
+    last = "none" if before is None else backward(before.activation)
     shape, device = tuple(weight.shape), grad_z.device
-    kernel = _dgrad_kernel(grad_z.dtype, block, shape, window, "none" if z is None else backward(activation))
+    kernel = _dgrad_kernel(grad_z.dtype, block, shape, window, last)
     grad_x = _new(grad_z, weight.shape[1] * window.groups, input_size)
     sizes = _sizes("dgrad", grad_z.shape[0], input_size, shape, window)
     tile = triton_tune.choose(kernel, *sizes, False, device, input_size)
     order = (lists.ccol_indices, lists.row_indices, lists.column_order)
-    triton_launch.convolve_rows(kernel, tile, grad_z, weight, None, order, grad_x, grad_x if z is None else z)
-    return grad_x
+    triton_launch.convolve_rows(
+        kernel, tile, grad_z, weight, None, order, grad_x, grad_x if before is None else before.z
+    )
+    return grad_x if before is None else before.summed(grad_x)
 
 
 def wgrad(

@@ -18,7 +18,7 @@ from torch import Tensor
 from . import triton_launch, triton_rows, triton_tune
 from .build import KernelBuildError as KernelBuildError
 from .index_lists import BlockLists
-from .reference import backward
+from .reference import Before, backward
 from .triton_rows import Rows
 from .triton_wgrad import Wgrad
 
@@ -64,18 +64,17 @@ def forward(
     return y, z
 
 
-def dgrad(
-    grad_z: Tensor, weight: Tensor, lists: BlockLists, block: Block, z: Tensor | None = None, activation: str = "none"
-) -> Tensor:
+def dgrad(grad_z: Tensor, weight: Tensor, lists: BlockLists, block: Block, before: Before | None = None) -> Tensor:
     """Gradient with respect to the input, `reference.linear_dgrad`: grad_z `[M, N]`, weight `[N, K]` -> `[M, K]`.
 
-    z, of the layer before this one, is contiguous `[M, K]` in grad_z's dtype.
+    Or to what is before it, whose z is contiguous.
     """
-    kernel = _dgrad_kernel(grad_z.dtype, block, weight.shape[0], "none" if z is None else backward(activation))
+    last = "none" if before is None else backward(before.activation)
+    kernel = _dgrad_kernel(grad_z.dtype, block, weight.shape[0], last)
     grad_x = grad_z.new_empty(grad_z.shape[0], weight.shape[1])
     order = (lists.ccol_indices, lists.row_indices, lists.column_order)
-    _rows(kernel, grad_z, weight, None, order, grad_x, grad_x if z is None else z)
-    return grad_x
+    _rows(kernel, grad_z, weight, None, order, grad_x, grad_x if before is None else before.z)
+    return grad_x if before is None else before.summed(grad_x)
 
 
 def wgrad(

@@ -1,14 +1,14 @@
 """Moves an activation's backward pass, where a gated layer's input gradient alone feeds it, into the layer's last step.
 
 Where a gated layer reads another's activation, the backward pass multiplies the gradient of the one by the slope at
-what the other has saved: the gradient is written, read again and written once more. Kernels do that while their sums
-are in registers; where a block column is dead there is nothing to multiply.
+what the other has saved, and adds it up for the other's bias: the gradient is written, read again, written once more
+and read again. Kernels do that while their sums are in registers; where a block column is dead there is nothing to do.
 """
 
-import functools
+import operator
 from typing import Any
 
-from torch import fx
+from torch import Tensor, fx
 from torch._inductor import custom_graph_pass
 from torch._inductor.decomposition import select_decomp_table
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -17,6 +17,7 @@ from ctrlcompile import ops
 from ctrlcompile.kernels import reference
 from ctrlcompile.passes.graph_edit import COPIED_META
 
+CHANNELS = {ops.linear_dgrad.default: -1, ops.conv_dgrad.default: 1}  # the dimension of an input gradient
 KEPT_META = ("val", "tensor_meta", *COPIED_META)
 
 
@@ -50,22 +51,37 @@ def after(theirs: Any) -> Any:
 def fuse_derivative(graph: fx.Graph) -> None:
     """Changes a graph of ATen operators in place; see `FuseDerivative`."""
     for node in graph.find_nodes(op="call_function", target=ops.activation_backward.default):
-        call, z, activation = node.args
-        gradient = call.target in (ops.linear_dgrad.default, ops.conv_dgrad.default)
+        grad, z, activation, channels = node.args
+        call = grad.args[0] if grad.target is operator.getitem else None
         with graph.inserting_before(node):
-            if gradient and len(call.users) == 1 and not call.kwargs:
+            if call is not None and _ends_here(call, grad, channels):
                 result = graph.call_function(call.target, call.args, {"z": z, "activation": activation})
                 result.meta.update({key: node.meta[key] for key in KEPT_META if key in node.meta})
+                node.replace_all_uses_with(result)
+                unused = [node, *call.users, call]
             else:
-                result = _decomposed(graph, call, z, activation)
-        node.replace_all_uses_with(result)
-        graph.erase_node(node)
-        if not call.users:
-            graph.erase_node(call)
+                results = _decomposed(graph, grad, z, activation, channels)
+                for user in node.users:
+                    user.replace_all_uses_with(results[user.args[1]])
+                unused = [*node.users, node]
+        for gone in unused:
+            graph.erase_node(gone)
 
 
-def _decomposed(graph: fx.Graph, grad: fx.Node, z: fx.Node, activation: str) -> Any:
-    differentiate = functools.partial(reference.differentiate, activation=activation)
+def _ends_here(call: fx.Node, grad: fx.Node, channels: int) -> bool:
+    """Whether a node is an input gradient that only `grad` reads, once, with its channels where they are asked for."""
+    others = [user for user in call.users if user is not grad and user.users]
+    if call.target not in CHANNELS or call.kwargs or others or len(grad.users) > 1:
+        return False
+    dimensions = grad.meta["val"].dim()
+    return CHANNELS[call.target] % dimensions == channels % dimensions
+
+
+def _decomposed(graph: fx.Graph, grad: fx.Node, z: fx.Node, activation: str, channels: int) -> Any:
+    def differentiate(grad: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
+        grad_z = reference.differentiate(grad, z, activation)
+        return grad_z, reference.channel_sums(grad_z, channels)
+
     traced = make_fx(differentiate, select_decomp_table())(grad.meta["val"], z.meta["val"])
     inputs = dict(zip(traced.graph.find_nodes(op="placeholder"), (grad, z), strict=True))
     return graph.graph_copy(traced.graph, inputs)

@@ -8,7 +8,7 @@ import torch
 import ctrlcompile as cc
 from ctrlcompile import kernel_choice, variants
 from ctrlcompile.kernels import index_lists
-from ctrlcompile.kernels.reference import backward
+from ctrlcompile.kernels.reference import Before, backward
 from ctrlcompile.kernels.window import Window
 from ctrlcompile.variants import BLOCK_SPARSE, COMPACT, DENSE, Variant
 
@@ -34,9 +34,10 @@ class Served:
         return kernel_choice.forward(x, weight, bias, self.gate.lists, block, activation, *window)
 
     def dgrad(self, grad, weight, lists, block, *rest):
-        *window, z, activation = rest if isinstance(rest[-1] if rest else None, str) else (*rest, None, "none")
-        self._ready("dgrad", grad, weight, "none" if z is None else backward(activation))
-        return kernel_choice.dgrad(grad, weight, self.gate.lists, block, *window, z=z, activation=activation)
+        before = rest[-1] if rest and isinstance(rest[-1], Before) else None
+        window = rest if before is None else rest[:-1]
+        self._ready("dgrad", grad, weight, "none" if before is None else backward(before.activation))
+        return kernel_choice.dgrad(grad, weight, self.gate.lists, block, *window, before=before)
 
     def wgrad(self, grad, x, weight, lists, *rest):
         return kernel_choice.wgrad(grad, x, weight, self.gate.lists, *rest)

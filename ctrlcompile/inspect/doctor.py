@@ -148,7 +148,7 @@ def _try_linear(device: torch.device, block: Block) -> dict[str, float]:
 
     ours = (
         ops.linear(x, weight, bias, signals, lists, probes, *block, "relu")[0],
-        ops.linear_dgrad(grad, weight, lists, *block),
+        ops.linear_dgrad(grad, weight, lists, *block)[0],
         ops.linear_wgrad(grad, x, weight, lists, probes, *block)[0],
     )
     return _errors(ours, dense, x, grad, weight, bias)
@@ -172,7 +172,7 @@ def _try_conv(device: torch.device, block: Block) -> dict[str, float]:
     moves = window.arguments
     ours = (
         ops.conv(x, weight, bias, signals, lists, probes, *block, "relu", *moves)[0],
-        ops.conv_dgrad(grad, weight, lists, *block, [side, side], *moves),
+        ops.conv_dgrad(grad, weight, lists, *block, [side, side], *moves)[0],
         ops.conv_wgrad(grad, x, weight, lists, probes, *block, *moves)[0],
     )
     return _errors(ours, dense, x, grad, weight, bias)

@@ -9,7 +9,7 @@ from torch import Tensor
 from ctrlcompile.kernels import dense_conv, index_lists, reference
 from ctrlcompile.kernels.window import Window, channels_last
 
-from .problems import within_budget
+from .problems import check_sums, within_budget
 
 
 @dataclass
@@ -87,12 +87,14 @@ class ConvProblem:
         assert_channels_last(grad_x)
         within_budget(grad_x, dense, exact)
         z = channels_last(3 * torch.randn_like(self.x))
-        after = (self.window, size, z, "gelu")
-        grad_before = self.kernels.dgrad(self.grad_z, self.weight, lists, self.block, *after)
+        before = reference.Before(z, "gelu", z.new_full(z.shape[1:2], torch.nan, dtype=torch.float32))
+        grad_before = self.kernels.dgrad(self.grad_z, self.weight, lists, self.block, self.window, size, before)
         assert grad_before.dtype == self.x.dtype
         assert_channels_last(grad_before)
         expected = reference.differentiate(exact, z.double(), "gelu")
-        within_budget(grad_before, reference.differentiate(dense, z, "gelu"), expected)
+        chained = reference.differentiate(dense, z, "gelu")
+        within_budget(grad_before, chained, expected)
+        check_sums(before.sums, chained, expected, exact)
 
     def check_wgrad(self) -> None:
         lists, given = index_lists.build(self.mask), (self.grad_z, self.x, self.weight)

@@ -85,11 +85,13 @@ class Problem:
         within_budget(grad_x, dense, exact, magnitude=magnitude)
         z = 3 * torch.randn_like(self.x)
         for activation in reference.DIFFERENTIATED:
-            grad_before = self.kernels.dgrad(self.grad_z, self.weight, lists, self.block, z, activation)
+            before = reference.Before(z, activation, z.new_full(z.shape[1:], torch.nan, dtype=torch.float32))
+            grad_before = self.kernels.dgrad(self.grad_z, self.weight, lists, self.block, before)
             assert grad_before.dtype == self.x.dtype
             expected = reference.differentiate(exact, z.double(), activation)
             chained = reference.differentiate(dense, z, activation)
             within_budget(grad_before, chained, expected, magnitude=magnitude)
+            check_sums(before.sums, chained, expected, magnitude)
 
     def check_wgrad(self, *, rounded: bool = False) -> None:
         """`rounded`: the signals are those of the rounded gradient, as dense products have it."""
@@ -114,6 +116,13 @@ class Problem:
         shape = (self.weight.shape[0], self.weight.shape[1])
         entries = index_lists.expand(self.mask, self.block, shape)
         return torch.where(entries, self.weight, 0).to(self.x.dtype)
+
+
+def check_sums(sums: Tensor, dense: Tensor, exact: Tensor, magnitude: Tensor) -> None:
+    """`sums` against those of a gradient over its positions, with the dense gradient's and the exact one's."""
+    summed = (reference.channel_sums(gradient, 1) for gradient in (dense, exact, magnitude.abs()))
+    of_dense, of_exact, of_magnitude = summed
+    within_budget(sums, of_dense, of_exact, magnitude=of_magnitude)
 
 
 def within_budget(ours: Tensor, dense: Tensor, exact: Tensor, units: int = 4, magnitude: Tensor | None = None) -> None:

@@ -116,6 +116,25 @@ def test_where_nothing_is_active_the_result_is_that_of_a_zero_weight(mask):
     problem.check_wgrad()
 
 
+def test_no_rows_add_up_to_nothing():
+    Problem.random(0, 64, 72, (32, 32), 0.5, FLOAT).check_dgrad()
+
+
+def test_gradients_of_many_rows_add_up_to_the_same_at_each_run(monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    problem = Problem.random(20_011, 64, 40, (32, 32), 1.0, FLOAT)
+    grad_z, weight, lists = problem.grad_z.abs(), problem.weight.abs(), index_lists.build(problem.mask)
+    found = []
+    for _ in range(4):
+        before = reference.Before(torch.full((20_011, 64), 9.0), "gelu", torch.empty(64))  # where the slope is 1
+        cpu_linear.dgrad(grad_z, weight, lists, problem.block, before)
+        found.append(before.sums)
+    assert all(torch.equal(found[0], other) for other in found[1:])
+    exact = (grad_z.double() @ weight.double()).sum(0)
+    # Half a unit of rounding, and some; the sums of all tiles, one after the other in float32, would be off by 3.
+    assert ((found[0] - exact).abs() / exact).max() < 1.5 * torch.finfo(torch.float32).eps
+
+
 def test_rows_may_lie_apart():
     problem = Problem.random(50, 64, 64, (32, 32), 0.5, FLOAT)
     wide_x, wide_grad = torch.randn(50, 100), torch.randn(50, 99)

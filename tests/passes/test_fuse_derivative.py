@@ -83,6 +83,34 @@ def test_it_moves_where_nobody_else_reads_the_gradient(graphs, body, expected):
     assert not [node for nodes in graphs for node in nodes if node.target is ops.activation_backward.default]
 
 
+def test_the_bias_before_takes_its_gradient_from_there(graphs):
+    model = MLP(plain)
+    run, gates = compiled_and_pruned(model)
+    assert_like_plain(run, model, torch.randn(3, 7, 40), gates=gates)
+    sums = [node for nodes in graphs for node in nodes if node.target is torch.ops.aten.sum.dim_IntList]
+    assert [tuple(node.args[0].meta["val"].shape)[-1] for node in sums] == [36]  # of fc2's bias alone
+
+
+@pytest.mark.parametrize("layer", ["without a bias", "with a frozen bias"])
+def test_a_bias_that_wants_no_gradient_gets_none(graphs, layer):
+    model = MLP(plain)
+    if layer == "without a bias":
+        model.fc1 = nn.Linear(40, 68, bias=False)
+    else:
+        model.fc1.bias.requires_grad_(False)
+    run, gates = compiled_and_pruned(model)
+    assert_like_plain(run, model, torch.randn(3, 7, 40), gates=gates)
+    assert fused(graphs) == [False, True]
+
+
+def test_channels_that_the_next_layer_takes_for_positions_are_added_up_as_channels(graphs):
+    model = nn.Sequential(nn.Conv1d(16, 32, 3, padding=1), nn.GELU(), nn.Linear(40, 24))
+    run, gates = compiled_and_pruned(model)
+    assert sorted(gates) == ["0.weight", "2.weight"]
+    assert_like_plain(run, model, torch.randn(2, 16, 40), gates=gates)
+    assert fused(graphs) == [False]
+
+
 @pytest.mark.parametrize("settings", [{"padding": 1}, {"padding": 1, "stride": 2}, {"groups": 2}], ids=str)
 def test_convolutions_end_with_it_too(graphs, settings):
     model = nn.Sequential(nn.Conv2d(16, 32, 3, padding=1), nn.GELU(), nn.Conv2d(32, 32, 3, **settings))
@@ -140,10 +168,10 @@ def test_the_operators_keep_the_rules_of_operators(activation):
     grad, z = torch.randn(5, 24), torch.randn(5, 40)
     given = (grad, model.weight.detach(), list(gate.inputs[1:-1]), 8, 8, z, activation)
     torch.library.opcheck(ops.linear_dgrad.default, given)
-    torch.library.opcheck(ops.activation_backward.default, (z, torch.randn(5, 40), activation))
+    torch.library.opcheck(ops.activation_backward.default, (z, torch.randn(5, 40), activation, 1))
     with pytest.raises(
         ValueError, match=r"z is torch.float32 of shape \(5, 40\); got torch.float32 of shape \(4, 40\)"
     ):
         ops.linear_dgrad(*given[:5], z[:4], activation)
     with pytest.raises(ValueError, match="activation is one of"):
-        ops.activation_backward(z, z, "relu")
+        ops.activation_backward(z, z, "relu", 1)
