@@ -26,13 +26,13 @@ constexpr int FOLD = 64;  // positions that are summed up by themselves
 
 struct Sizes { int64_t batch, heads, queries, keys, features, causal; };
 
-// [batch, heads, length, features], with a unit stride along features.
-template <class T> struct Tensor {
+// One head of [batch, heads, length, features], with a unit stride along features.
+template <class T> struct Head {
   T* data;
-  const int64_t* stride;
-  T* row(int64_t head, const Sizes& n, int64_t at) const {
-    return data + head / n.heads * stride[0] + head % n.heads * stride[1] + at * stride[2];
-  }
+  int64_t stride;
+  Head(T* all, const int64_t* strides, const Sizes& n, int64_t head)
+      : data(all + head / n.heads * strides[0] + head % n.heads * strides[1]), stride(strides[2]) {}
+  T* operator[](int64_t at) const { return data + at * stride; }
 };
 
 float share(const Sizes& n, int64_t query) { return 1.0f / (n.causal ? std::min(query + 1, n.keys) : n.keys); }
@@ -53,60 +53,74 @@ struct Sum {
   }
 };
 
-void average(const Sizes& n, int64_t head, Tensor<const x_t> value, Tensor<x_t> out, Sum& sum) {
+// Loops over the features of a position. By themselves, and of what does not overlap: compilers vectorize no others.
+
+void add(const x_t* __restrict v, float* __restrict sum, int64_t features) {
+  for (int64_t e = 0; e < features; ++e) sum[e] += to_float(v[e]);
+}
+
+void scaled_sum(const float* __restrict a, const float* __restrict b, float factor, x_t* __restrict to,
+                int64_t features) {
+  for (int64_t e = 0; e < features; ++e) round_to(to + e, (a[e] + b[e]) * factor);
+}
+
+void scaled(const x_t* __restrict v, float factor, x_t* __restrict to, int64_t features) {
+  for (int64_t e = 0; e < features; ++e) round_to(to + e, factor * to_float(v[e]));
+}
+
+float add_scaled_and_dot(const x_t* __restrict g, float factor, const x_t* __restrict y, float* __restrict sum,
+                         int64_t features) {
+  float dot = 0;
+#pragma omp simd reduction(+ : dot)
+  for (int64_t e = 0; e < features; ++e) {
+    const float mine = to_float(g[e]) * factor;
+    sum[e] += mine;
+    dot += mine * to_float(y[e]);
+  }
+  return dot;
+}
+
+float sum_and_dot(const float* __restrict a, const float* __restrict b, const x_t* __restrict v, x_t* __restrict to,
+                  int64_t features) {
+  float dot = 0;
+#pragma omp simd reduction(+ : dot)
+  for (int64_t e = 0; e < features; ++e) {
+    const float g = a[e] + b[e];
+    dot += g * to_float(v[e]);
+    round_to(to + e, g);
+  }
+  return dot;
+}
+
+void average(const Sizes& n, Head<const x_t> value, Head<x_t> out, Sum& sum) {
   float *recent = sum.recent.data(), *before = sum.before.data();
   auto take = [&](int64_t at) {
-    const x_t* v = value.row(head, n, at);
-    #pragma omp simd
-    for (int64_t e = 0; e < n.features; ++e) recent[e] += to_float(v[e]);
+    add(value[at], recent, n.features);
     sum.fold();
   };
   sum.clear();
   for (int64_t at = 0; at < n.keys && !n.causal; ++at) take(at);
   for (int64_t query = 0; query < n.queries; ++query) {
     if (n.causal && query < n.keys) take(query);
-    const float part = share(n, query);
-    x_t* y = out.row(head, n, query);
-    #pragma omp simd
-    for (int64_t e = 0; e < n.features; ++e) round_to(y + e, (before[e] + recent[e]) * part);
+    scaled_sum(before, recent, share(n, query), out[query], n.features);
   }
 }
 
 // A score's gradient is what its value adds to the loss less what the average of all does. The keys' is its sum over
 // the queries that see them, times the one query that these all are; the queries' is zero, as all keys are one.
-void differentiate(const Sizes& n, int64_t head, Tensor<const x_t> grad, Tensor<const x_t> query,
-                   Tensor<const x_t> value, Tensor<const x_t> out, Tensor<x_t> grad_query, Tensor<x_t> grad_key,
-                   Tensor<x_t> grad_value, float scale, Sum& sum) {
+void differentiate(const Sizes& n, Head<const x_t> grad, Head<const x_t> query, Head<const x_t> value,
+                   Head<const x_t> out, Head<x_t> grad_query, Head<x_t> grad_key, Head<x_t> grad_value, float scale,
+                   Sum& sum) {
   float *recent = sum.recent.data(), *before = sum.before.data();
   double average = 0;
   auto take = [&](int64_t at) {
-    const x_t *g = grad.row(head, n, at), *y = out.row(head, n, at);
-    x_t* gq = grad_query.row(head, n, at);
-    const float part = share(n, at);
-    float dot = 0;
-    #pragma omp simd reduction(+ : dot)
-    for (int64_t e = 0; e < n.features; ++e) {
-      const float mine = to_float(g[e]) * part;
-      recent[e] += mine;
-      dot += mine * to_float(y[e]);
-      round_to(gq + e, 0.0f);
-    }
-    average += dot;
+    average += add_scaled_and_dot(grad[at], share(n, at), out[at], recent, n.features);
+    std::memset(grad_query[at], 0, n.features * sizeof(x_t));
     sum.fold();
   };
   auto give = [&](int64_t at) {
-    const x_t *v = value.row(head, n, at), *q = query.row(head, n, 0);
-    x_t *gk = grad_key.row(head, n, at), *gv = grad_value.row(head, n, at);
-    float dot = 0;
-    #pragma omp simd reduction(+ : dot)
-    for (int64_t e = 0; e < n.features; ++e) {
-      const float g = before[e] + recent[e];
-      dot += g * to_float(v[e]);
-      round_to(gv + e, g);
-    }
-    const float score = (float)(dot - average) * scale;
-    #pragma omp simd
-    for (int64_t e = 0; e < n.features; ++e) round_to(gk + e, score * to_float(q[e]));
+    const float dot = sum_and_dot(before, recent, value[at], grad_value[at], n.features);
+    scaled(query[0], (float)(dot - average) * scale, grad_key[at], n.features);
   };
   sum.clear();
   for (int64_t at = 0; at < n.queries && !n.causal; ++at) take(at);
@@ -125,7 +139,7 @@ extern "C" void forward(const Sizes* n, const x_t* value, x_t* out, const int64_
     Sum sum(n->features);
 #pragma omp for
     for (int64_t head = 0; head < n->batch * n->heads; ++head)
-      average(*n, head, {value, strides}, {out, strides + 3}, sum);
+      average(*n, {value, strides, *n, head}, {out, strides + 3, *n, head}, sum);
   }
 }
 
@@ -137,8 +151,9 @@ extern "C" void backward(const Sizes* n, const x_t* grad, const x_t* query, cons
     Sum sum(n->features);
 #pragma omp for
     for (int64_t head = 0; head < n->batch * n->heads; ++head)
-      differentiate(*n, head, {grad, strides}, {query, strides + 3}, {value, strides + 6}, {out, strides + 9},
-                    {grad_query, strides + 12}, {grad_key, strides + 15}, {grad_value, strides + 18}, scale, sum);
+      differentiate(*n, {grad, strides, *n, head}, {query, strides + 3, *n, head}, {value, strides + 6, *n, head},
+                    {out, strides + 9, *n, head}, {grad_query, strides + 12, *n, head},
+                    {grad_key, strides + 15, *n, head}, {grad_value, strides + 18, *n, head}, scale, sum);
   }
 }
 """
