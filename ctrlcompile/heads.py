@@ -14,10 +14,9 @@ from ctrlcompile.kernels.attention import DEAD, LIVE, UNIFORM
 
 
 class Kinds(NamedTuple):
-    """Under some masks, the kind of each head, uint8 `[heads]` for each attention, and the live part of them, by
-    node."""
+    """Under some masks: the kinds of heads, uint8 `[heads]` for each attention, and the live part of them, by node."""
 
-    flags: list[Tensor]
+    inputs: list[Tensor]
     live_shares: dict[str, float]
 
 

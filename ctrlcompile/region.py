@@ -105,7 +105,7 @@ class Region:
             gate = gates[index]
             assert gate is not None  # the variant was built for this division
             inputs.extend(gate.inputs)
-        return variant.run(*args, *inputs, *kinds.flags)
+        return variant.run(*args, *inputs, *kinds.inputs)
 
     def _gates(self, args: Sequence[Any]) -> list[Gate | None]:
         if not _watcher.gated:
@@ -175,7 +175,7 @@ class Region:
         attentions = gm.meta["skipped_heads"]
         heads = HeadKinds(coupled[0], attentions) if coupled and attentions else None
         tensors = [tensor for index in gated if (gate := gates[index]) is not None for tensor in gate.inputs]
-        extra = _examples([*tensors, *(heads.under(gates).flags if heads else ())], late)
+        extra = _examples([*tensors, *(heads.under(gates).inputs if heads else ())], late)
         nodes = [node for scope in scopes(gm) for node in scope.gm.graph.nodes if "layer" in node.meta]
         activations = {node.meta["layer"]: ops.activation_of(node) or "none" for node in nodes}
         return Variant(self._lower(gm, [*args, *extra], late), gated, heads, changes, activations)

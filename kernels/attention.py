@@ -19,7 +19,7 @@ from torch import Tensor
 
 from . import cpu_averages
 
-DEAD, UNIFORM, LIVE = range(3)
+DEAD, UNIFORM, LIVE = cpu_averages.DEAD, cpu_averages.UNIFORM, cpu_averages.LIVE
 
 Triple = tuple[Tensor, Tensor, Tensor]
 
@@ -33,20 +33,17 @@ def forward(
     on the CPU; returns `[N, heads, L, E]`, which is `[N, L, heads, E]` in memory, and `[N, heads, L]` likewise, of live
     heads.
     """
-    runs = _runs(kinds, query.dtype)
-    if not runs[DEAD] and not runs[UNIFORM]:
+    runs = _live(kinds, query.dtype)
+    if runs is None:
         return _forward([query, key, value], is_causal, scale)
     batch, heads, length, _ = query.shape
     out = query.new_empty(batch, length, heads, value.shape[3]).transpose(1, 2)
     sums = query.new_zeros(batch, length, heads, dtype=_wide(query)).transpose(1, 2)
-    for together in _parts(runs[LIVE], batch):
+    for together in _parts(runs, batch):
         found = _forward([_taken(tensor, together) for tensor in (query, key, value)], is_causal, scale)
         for whole, part in zip((out, sums), found, strict=True):
             _put(part, together, whole)
-    for run in runs[UNIFORM]:
-        cpu_averages.forward(value[:, run], out[:, run], is_causal)
-    for run in runs[DEAD]:
-        out[:, run] = value[:, run].mean(2, keepdim=True)
+    cpu_averages.forward(value, out, kinds, is_causal)
     return out, sums
 
 
@@ -55,22 +52,16 @@ def backward(
     scale: float | None,
 ) -> Triple:  # fmt: skip
     """Gradients of query, key and value; in memory `[N, L, heads, E]`."""
-    runs = _runs(kinds, query.dtype)
-    if not runs[DEAD] and not runs[UNIFORM]:
+    runs = _live(kinds, query.dtype)
+    if runs is None:
         return _backward([grad, query, key, value, out, sums], is_causal, scale)
-    given = (query, key, value)
-    whole = tuple(t.new_empty(t.shape[0], t.shape[2], t.shape[1], t.shape[3]).transpose(1, 2) for t in given)
-    for together in _parts(runs[LIVE], query.shape[0]):
+    dq, dk, dv = (t.new_empty(t.shape[0], t.shape[2], *t.shape[1::2]).transpose(1, 2) for t in (query, key, value))
+    for together in _parts(runs, query.shape[0]):
         tensors = [_taken(tensor, together) for tensor in (grad, query, key, value, out, sums)]
-        for part, gradient in zip(_backward(tensors, is_causal, scale), whole, strict=True):
+        for part, gradient in zip(_backward(tensors, is_causal, scale), (dq, dk, dv), strict=True):
             _put(part, together, gradient)
-    for run in runs[UNIFORM]:
-        some = (whole[0][:, run], whole[1][:, run], whole[2][:, run])
-        cpu_averages.backward(grad[:, run], query[:, run], value[:, run], out[:, run], some, is_causal, scale)
-    for run in runs[DEAD]:
-        for gradient in whole:
-            gradient[:, run] = 0
-    return whole[0], whole[1], whole[2]
+    cpu_averages.backward(grad, query, value, out, (dq, dk, dv), kinds, is_causal, scale)
+    return dq, dk, dv
 
 
 def _forward(operands: list[Tensor], is_causal: bool, scale: float | None) -> tuple[Tensor, Tensor]:
@@ -85,17 +76,18 @@ def _backward(tensors: list[Tensor], is_causal: bool, scale: float | None) -> Tr
     return found
 
 
-def _runs(kinds: Tensor, dtype: torch.dtype) -> tuple[list[slice], list[slice], list[slice]]:
-    """The heads of each kind, as runs of heads side by side; uniform ones count as live where no kernel averages."""
-    if cpu_averages.library(dtype) is None:  # built at the first call, whether or not any head is uniform by then
-        kinds = torch.where(kinds == UNIFORM, LIVE, kinds)
-    runs: tuple[list[slice], list[slice], list[slice]] = ([], [], [])
+def _live(kinds: Tensor, dtype: torch.dtype) -> list[slice] | None:
+    """The live heads as runs of heads side by side; None where all are, or count as such: where no kernel averages."""
+    if cpu_averages.library(dtype) is None:  # built at the first call, whether or not all heads are live by then
+        return None
+    runs: list[slice] = []
     start = 0
     for kind, group in itertools.groupby(kinds.tolist()):
         end = start + len(list(group))
-        runs[kind].append(slice(start, end))
+        if kind == LIVE:
+            runs.append(slice(start, end))
         start = end
-    return runs
+    return None if runs == [slice(0, kinds.numel())] else runs
 
 
 def _parts(runs: list[slice], batch: int) -> list[list[slice]]:

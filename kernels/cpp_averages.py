@@ -1,4 +1,4 @@
-"""C++ for uniform attention: each query averages the values that it sees, and what that makes of gradients.
+"""C++ for dead and uniform heads: each query averages the values that it sees, and what that makes of gradients.
 
 One walk over the positions of a head forward, one backward. Causal attention sums up as it goes; else all is summed up
 first. Sums are kept in two parts, of the latest positions and of all before, so that a long sequence rounds little.
@@ -24,6 +24,8 @@ def source(isa: Isa, dtype: torch.dtype) -> str:
 _BODY = """
 constexpr int FOLD = 64;  // positions that are summed up by themselves
 
+enum Kind : uint8_t { DEAD, UNIFORM, LIVE };
+
 struct Sizes { int64_t batch, heads, queries, keys, features, causal; };
 
 // One head of [batch, heads, length, features], with a unit stride along features.
@@ -35,7 +37,9 @@ template <class T> struct Head {
   T* operator[](int64_t at) const { return data + at * stride; }
 };
 
-float share(const Sizes& n, int64_t query) { return 1.0f / (n.causal ? std::min(query + 1, n.keys) : n.keys); }
+float share(const Sizes& n, bool causal, int64_t query) {
+  return 1.0f / std::max<int64_t>(1, causal ? std::min(query + 1, n.keys) : n.keys);
+}
 
 // A running sum of rows.
 struct Sum {
@@ -92,18 +96,22 @@ float sum_and_dot(const float* __restrict a, const float* __restrict b, const x_
   return dot;
 }
 
-void average(const Sizes& n, Head<const x_t> value, Head<x_t> out, Sum& sum) {
+void average(const Sizes& n, bool causal, Head<const x_t> value, Head<x_t> out, Sum& sum) {
   float *recent = sum.recent.data(), *before = sum.before.data();
   auto take = [&](int64_t at) {
     add(value[at], recent, n.features);
     sum.fold();
   };
   sum.clear();
-  for (int64_t at = 0; at < n.keys && !n.causal; ++at) take(at);
+  for (int64_t at = 0; at < n.keys && !causal; ++at) take(at);
   for (int64_t query = 0; query < n.queries; ++query) {
-    if (n.causal && query < n.keys) take(query);
-    scaled_sum(before, recent, share(n, query), out[query], n.features);
+    if (causal && query < n.keys) take(query);
+    scaled_sum(before, recent, share(n, causal, query), out[query], n.features);
   }
+}
+
+void clear(Head<x_t> rows, int64_t count, int64_t features) {
+  for (int64_t at = 0; at < count; ++at) std::memset(rows[at], 0, features * sizeof(x_t));
 }
 
 // A score's gradient is what its value adds to the loss less what the average of all does. The keys' is its sum over
@@ -114,7 +122,7 @@ void differentiate(const Sizes& n, Head<const x_t> grad, Head<const x_t> query, 
   float *recent = sum.recent.data(), *before = sum.before.data();
   double average = 0;
   auto take = [&](int64_t at) {
-    average += add_scaled_and_dot(grad[at], share(n, at), out[at], recent, n.features);
+    average += add_scaled_and_dot(grad[at], share(n, n.causal, at), out[at], recent, n.features);
     std::memset(grad_query[at], 0, n.features * sizeof(x_t));
     sum.fold();
   };
@@ -132,28 +140,39 @@ void differentiate(const Sizes& n, Head<const x_t> grad, Head<const x_t> query, 
 
 }  // namespace
 
-// Strides: three for each tensor, in order.
-extern "C" void forward(const Sizes* n, const x_t* value, x_t* out, const int64_t* strides, int threads) {
+// Kinds: one for each head; live ones are left out. Strides: three for each tensor, in order.
+extern "C" void forward(const Sizes* n, const Kind* kinds, const x_t* value, x_t* out, const int64_t* strides,
+                        int threads) {
 #pragma omp parallel num_threads(threads)
   {
     Sum sum(n->features);
-#pragma omp for
-    for (int64_t head = 0; head < n->batch * n->heads; ++head)
-      average(*n, {value, strides, *n, head}, {out, strides + 3, *n, head}, sum);
+#pragma omp for schedule(dynamic, 1)
+    for (int64_t head = 0; head < n->batch * n->heads; ++head) {
+      const Kind kind = kinds[head % n->heads];
+      if (kind == LIVE) continue;
+      average(*n, n->causal && kind == UNIFORM, {value, strides, *n, head}, {out, strides + 3, *n, head}, sum);
+    }
   }
 }
 
-extern "C" void backward(const Sizes* n, const x_t* grad, const x_t* query, const x_t* value, const x_t* out,
-                         x_t* grad_query, x_t* grad_key, x_t* grad_value, const int64_t* strides, float scale,
-                         int threads) {
+extern "C" void backward(const Sizes* n, const Kind* kinds, const x_t* grad, const x_t* query, const x_t* value,
+                         const x_t* out, x_t* grad_query, x_t* grad_key, x_t* grad_value, const int64_t* strides,
+                         float scale, int threads) {
 #pragma omp parallel num_threads(threads)
   {
     Sum sum(n->features);
-#pragma omp for
-    for (int64_t head = 0; head < n->batch * n->heads; ++head)
-      differentiate(*n, {grad, strides, *n, head}, {query, strides + 3, *n, head}, {value, strides + 6, *n, head},
-                    {out, strides + 9, *n, head}, {grad_query, strides + 12, *n, head},
-                    {grad_key, strides + 15, *n, head}, {grad_value, strides + 18, *n, head}, scale, sum);
+#pragma omp for schedule(dynamic, 1)
+    for (int64_t head = 0; head < n->batch * n->heads; ++head) {
+      const Kind kind = kinds[head % n->heads];
+      const Head<x_t> dq(grad_query, strides + 12, *n, head), dk(grad_key, strides + 15, *n, head),
+          dv(grad_value, strides + 18, *n, head);
+      if (kind == DEAD || (kind == UNIFORM && n->queries == 0)) {
+        clear(dq, n->queries, n->features), clear(dk, n->keys, n->features), clear(dv, n->keys, n->features);
+      } else if (kind == UNIFORM) {
+        differentiate(*n, {grad, strides, *n, head}, {query, strides + 3, *n, head}, {value, strides + 6, *n, head},
+                      {out, strides + 9, *n, head}, dq, dk, dv, scale, sum);
+      }
+    }
   }
 }
 """

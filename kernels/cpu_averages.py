@@ -1,4 +1,4 @@
-"""Uniform attention on the CPU, where what comes out is an average of values: forward and gradients, in C++.
+"""Dead and uniform heads on the CPU, where what comes out is an average of values: forward and gradients, in C++.
 
 Time grows with the length, not with its square, and every operand is read once.
 """
@@ -13,6 +13,8 @@ from torch import Tensor
 
 from . import build, cpp_averages, cpp_vectors, isa
 from .build import KernelBuildError
+
+DEAD, UNIFORM, LIVE = range(3)  # kinds of heads, see `attention`
 
 
 @functools.cache
@@ -33,39 +35,36 @@ def library(dtype: torch.dtype) -> ctypes.CDLL | None:
         )
         return None
     tensors, number = ctypes.c_void_p, ctypes.c_int
-    built.forward.argtypes = [tensors] * 4 + [number]
-    built.backward.argtypes = [tensors] * 9 + [ctypes.c_float, number]
+    built.forward.argtypes = [tensors] * 5 + [number]
+    built.backward.argtypes = [tensors] * 10 + [ctypes.c_float, number]
     built.forward.restype = built.backward.restype = None
     return built
 
 
-def forward(value: Tensor, out: Tensor, is_causal: bool) -> None:
+def forward(value: Tensor, out: Tensor, kinds: Tensor, is_causal: bool) -> None:
     """Writes the averages of the values `[N, heads, S, E]` that each query sees to out `[N, heads, L, E]`.
 
-    All operands here have a unit stride along E and are of a type that has a library. In causal attention query i sees
-    the values up to i, and else all.
+    Of dead and uniform heads, as kinds `[heads]` has them. All operands here have a unit stride along E and are of a
+    type that has a library. In causal attention query i sees the values up to i, and else all, as in dead heads.
     """
-    built = _library(value)
-    built.forward(
-        _sizes(out, value, is_causal), value.data_ptr(), out.data_ptr(), _strides(value, out), torch.get_num_threads()
-    )
+    tensors = (value, out)
+    _library(value).forward(
+        _sizes(out, value, is_causal), kinds.data_ptr(), *_pointers(tensors), _strides(tensors),
+        torch.get_num_threads(),
+    )  # fmt: skip
 
 
 def backward(
-    grad: Tensor, query: Tensor, value: Tensor, out: Tensor, gradients: tuple[Tensor, Tensor, Tensor], is_causal: bool,
-    scale: float | None,
+    grad: Tensor, query: Tensor, value: Tensor, out: Tensor, gradients: tuple[Tensor, Tensor, Tensor], kinds: Tensor,
+    is_causal: bool, scale: float | None,
 ) -> None:  # fmt: skip
-    """Writes the gradients of queries, keys and values, of queries that are all the same and keys that are, too.
+    """Writes the gradients of queries, keys and values: of dead heads zero, of uniform heads those of attention.
 
     grad, query and out `[N, heads, L, E]`, value `[N, heads, S, E]`; scale as in `scaled_dot_product_attention`.
     """
-    if not grad.numel():  # no query: there is none to read
-        for gradient in gradients:
-            gradient.zero_()
-        return
-    built, tensors = _library(value), (grad, query, value, out, *gradients)
-    built.backward(
-        _sizes(out, value, is_causal), *(tensor.data_ptr() for tensor in tensors), _strides(*tensors),
+    tensors = (grad, query, value, out, *gradients)
+    _library(value).backward(
+        _sizes(out, value, is_causal), kinds.data_ptr(), *_pointers(tensors), _strides(tensors),
         1 / math.sqrt(query.shape[3]) if scale is None else scale, torch.get_num_threads(),
     )  # fmt: skip
 
@@ -80,6 +79,10 @@ def _sizes(out: Tensor, value: Tensor, is_causal: bool) -> "ctypes.Array[ctypes.
     return (ctypes.c_int64 * 6)(*out.shape[:3], *value.shape[2:], is_causal)
 
 
-def _strides(*tensors: Tensor) -> "ctypes.Array[ctypes.c_int64]":
+def _pointers(tensors: tuple[Tensor, ...]) -> list[int]:
+    return [tensor.data_ptr() for tensor in tensors]
+
+
+def _strides(tensors: tuple[Tensor, ...]) -> "ctypes.Array[ctypes.c_int64]":
     strides = [stride for tensor in tensors for stride in tensor.stride()[:3]]
     return (ctypes.c_int64 * len(strides))(*strides)

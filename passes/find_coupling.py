@@ -22,7 +22,6 @@ from torch import Tensor, fx
 from torch._ops import HigherOrderOperator, OpOverload
 
 from ctrlcompile.controller.coupling import Coupling, Heads, Members, Sets
-from ctrlcompile.kernels import cpu_averages
 from ctrlcompile.passes.channel_rules import IN_PLACE, NEW_MEMORY, RULES, Call, Labels, with_constants
 from ctrlcompile.passes.channels import CONSTANT, INPUT, LARGEST, OUTPUT, Channels
 from ctrlcompile.passes.graph_edit import argument
@@ -169,8 +168,7 @@ class _Walk:
     def _by_head(self, attention: fx.Node) -> tuple[ByHead, ByHead, ByHead]:
         """The labels of each of an attention's heads."""
         query, key, value = (argument(attention, position, name) for position, name in enumerate(OPERANDS))
-        same = all(self._moved.same_along(node, 2) for node in (query, key))
-        if same and cpu_averages.library(attention.meta["example_value"].dtype) is not None:
+        if all(self._moved.same_along(node, 2) for node in (query, key)):
             weights = [one + other for one, other in zip(*map(self._of_heads, (query, key)), strict=True)]
         else:
             weights = [[INPUT]] * len(self._of_heads(query))

@@ -8,17 +8,16 @@ node, in the order of these inputs.
 from collections.abc import Collection, Sequence
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from ctrlcompile import ops
+from ctrlcompile.kernels import cpu_averages
 from ctrlcompile.passes.gate_nodes import with_first_output
 from ctrlcompile.passes.graph_edit import argument, clean, copy_meta, scopes
 
 OPERANDS = ("query", "key", "value")
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def skip_heads(gm: fx.GraphModule, example_inputs: Sequence[Any], *, heads: Collection[str]) -> fx.GraphModule:
@@ -47,8 +46,11 @@ def skip_heads(gm: fx.GraphModule, example_inputs: Sequence[Any], *, heads: Coll
 
 
 def is_attention(node: fx.Node) -> bool:
-    """Whether a node of Dynamo's graph is attention that `ctrlprune::attention` can compute: on a CPU, of as many keys'
-    heads as queries', without a mask and without dropout."""
+    """Whether a node of Dynamo's graph is attention that `ctrlprune::attention` computes with less work.
+
+    On a CPU, in a type for which there is a kernel that averages, of as many keys' heads as queries', without a mask
+    and without dropout.
+    """
     if node.target is not F.scaled_dot_product_attention or node.op != "call_function":
         return False
     tensors = [x.meta.get("example_value") if isinstance(x, fx.Node) else None for x in _operands(node)]
@@ -63,7 +65,8 @@ def is_attention(node: fx.Node) -> bool:
     known = all(isinstance(count, int) and count == heads[0] > 1 for count in heads) and bool(heads)
     if not (plain and isinstance(causal, bool) and alike and known and query.is_cpu):
         return False
-    return node.meta["example_value"].dtype == query.dtype in _DTYPES  # autocast may compute in another type
+    same = node.meta["example_value"].dtype == query.dtype  # autocast may compute in another type
+    return same and cpu_averages.library(query.dtype) is not None
 
 
 def _operands(node: fx.Node) -> list[Any]:
