@@ -7,7 +7,8 @@ registers over the whole list.
 
 The plan of one call: pack the listed blocks of the weight, in the order in which they will be read; then tiles of rows,
 each with inputs small enough for the second-level cache, run over all lists and phases, and over what sums over nothing
-at the end, at once. A thread takes a tile for itself as long as there are tiles, then helps with what is left of the
+at the end, at once. Inputs are packed, too, but those of a linear in float32, whose blocks are read where they lie. A
+thread takes a tile for itself as long as there are tiles, then helps with what is left of the
 others, so that neither few rows nor unequal lists leave one idle.
 """
 
@@ -33,7 +34,7 @@ def source(
         last += cpp_vectors.slope(activation.removesuffix(BACKWARD))
     strips = panels(outputs, isa)
     calls = "\n".join(
-        f"        strip<v{s.lanes}, {s.vectors}, {s.rows}>(c, list, phase, {s.first}, tile_x, tile, total);"
+        f"        strip<v{s.lanes}, {s.vectors}, {s.rows}>(c, list, phase, {s.first}, x, tile, total);"
         for s in strips
     )
     packs = "\n".join(f"    pack_strip<{s.width}>(c, list, phase, {s.first});" for s in strips)
@@ -221,16 +222,26 @@ bool lie_in_order(const Geometry& g, int64_t w_tap) {
   return in_order;
 }
 
+// Whether rows are read where they lie: those of a linear, in float32, in whole blocks, and not all in the same sets of
+// the cache.
+bool need_no_packing(const Geometry& g, int64_t groups, int64_t inputs) {
+  const bool linear = g.images * g.out[0] * g.out[1] == 1 && g.phases == 1 && g.taps == 1 && groups == 1;
+  const bool whole = g.step[2] == 1 && g.first[2] == 0 && inputs % IN == 0 && g.x_stride[3] % 1024;
+  return std::is_same<x_t, float>::value && linear && whole;
+}
+
 struct Plan {
+  bool packs;
   int64_t columns, lists, pixel_stride;
   Tiles tiles;
   int64_t tile_floats, table_bytes, packed_floats, total_floats;
   Plan(const Geometry& g, int64_t groups, int64_t outputs, int64_t inputs, int64_t tile_bytes)
-      : columns((inputs + IN - 1) / IN),
+      : packs(!need_no_packing(g, groups, inputs)),
+        columns((inputs + IN - 1) / IN),
         lists(groups * ((outputs + OUT - 1) / OUT)),
         pixel_stride(((groups * columns * IN + 15) / 16 | 1) * 16),  // an odd number of cache lines
         tiles(g, 24, 192, GRAIN, [&](const Tiles& t) { return 4 * t.pixels * pixel_stride <= tile_bytes; }) {
-    tile_floats = tiles.pixels * pixel_stride;
+    tile_floats = packs ? tiles.pixels * pixel_stride : 0;
     table_bytes = Tile::bytes(tiles);
     packed_floats = lists * columns * g.taps * OUT * IN;
     total_floats = TAKES_Z ? tiles.count * g.phases * lists * OUT : 0;
@@ -291,7 +302,7 @@ extern "C" void run(const Geometry* geometry, const x_t* x, const w_t* weight, i
   std::fill(next_turn, next_tile + 1, 0);
   int64_t live = p.lists;  // the longest lists come first, those that are empty last
   for (; live > 0 && lists[live - 1].length == 0; --live) set_constant(lists[live - 1], constants[live - 1]);
-  c.runs = set_runs(c, lists, live, named, runs);
+  if (p.packs) c.runs = set_runs(c, lists, live, named, runs);
   const int64_t rows = p.tiles.count * p.tiles.rows * geometry->phases;
   const bool large = rows * groups * outputs * (int64_t)sizeof(x_t) > 2 * tile_bytes;
   const int64_t listed = live * geometry->phases, turns = listed + (live < p.lists);
@@ -303,14 +314,18 @@ extern "C" void run(const Geometry* geometry, const x_t* x, const w_t* weight, i
 
     int64_t held = -1;  // the tile that this thread's buffer and tables hold
     float* const tile_x = tile_buffers + omp_get_thread_num() * p.tile_floats;
+    const float* x = tile_x;
     Tile tile(p.tiles, scratch + omp_get_thread_num() * p.table_bytes);
     auto work_on = [&](int64_t i) {
       for (;;) {
         const int64_t turn = __atomic_fetch_add(&next_turn[i], 1, __ATOMIC_RELAXED);
         if (turn >= turns) return;
-        if (held != i) {
+        if (held != i && p.packs) {
           tile.set(p.tiles, i, p.pixel_stride);
           pack_x(c, tile, tile_x);
+        } else if (held != i) {
+          tile.set(p.tiles, i, geometry->x_stride[3]);
+          x = (const float*)(c.x + tile.from[0]);
         }
         held = i;
         if (turn == listed) {
