@@ -272,9 +272,7 @@ def _try(types: Types) -> None:
     x = channels_last(x) if size else x
     weight = torch.ones(*block, *size, dtype=weight_dtype, device=device)
     backwards = {backward(name): name for name in DIFFERENTIATED}
-    before = None
-    if activation in backwards:
-        before = Before(x, backwards[activation], torch.empty(block[1], device=device))
+    before = Before.of(x, backwards[activation]) if activation in backwards else None
     y, _ = kernel.forward(x, weight, None, lists, block, "none" if activation in backwards else activation, *window)
     kernel.dgrad(y, weight, lists, block, *window, *(size for _ in window), before)
     kernel.wgrad(y, x, weight, lists, probes, block, *window)

@@ -16,7 +16,7 @@ from ctrlcompile import kernel_choice
 from ctrlcompile.blocks import no_room
 from ctrlcompile.gate import registry
 from ctrlcompile.kernels import attention as attention_kernel
-from ctrlcompile.kernels import index_lists, reference
+from ctrlcompile.kernels import cpu_averages, index_lists, reference
 from ctrlcompile.kernels.index_lists import BlockLists, grid_shape
 from ctrlcompile.kernels.reference import Before
 from ctrlcompile.kernels.window import Window, channels_last
@@ -44,11 +44,11 @@ def _linear_dgrad(
     lists, block = _lists(tensors, weight, (block_out, block_in)), (block_out, block_in)
     _check_rows(grad, weight.shape[0], weight)
     shape, before = (*grad.shape[:-1], weight.shape[1]), None
-    sums = new_sums(grad, 0 if z is None else weight.shape[1])
     if z is not None:
         _check_z(z, activation, shape, grad)
-        before = Before(z.contiguous().view(-1, weight.shape[1]), activation, sums)
-    return kernel_choice.dgrad(_rows(grad), weight, lists, block, before=before).view(shape), sums
+        before = Before.of(z.contiguous().view(-1, weight.shape[1]), activation)
+    grad_x = kernel_choice.dgrad(_rows(grad), weight, lists, block, before=before)
+    return grad_x.view(shape), new_sums(grad, 0) if before is None else before.sums
 
 
 def _linear_wgrad(
@@ -107,11 +107,12 @@ def _conv_dgrad(
     window, shape = Window.of(stride, padding, dilation, groups), (grad.shape[0], weight.shape[1] * groups, *input_size)
     _check_gradient(grad, shape, weight, window)
     _check_groups(weight, block, window)
-    sums, before = new_sums(grad, 0 if z is None else shape[1]), None
+    before = None
     if z is not None:
         _check_z(z, activation, shape, grad)
-        before = Before(channels_last(z), activation, sums)
-    return kernel_choice.dgrad(channels_last(grad), weight, lists, block, window, tuple(input_size), before), sums
+        before = Before.of(channels_last(z), activation)
+    grad_x = kernel_choice.dgrad(channels_last(grad), weight, lists, block, window, tuple(input_size), before)
+    return grad_x, new_sums(grad, 0) if before is None else before.sums
 
 
 def _conv_wgrad(
@@ -168,7 +169,7 @@ IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {
 
 
 def new_sums(grad: Tensor, channels: int) -> Tensor:
-    """Where the sums of a gradient over its positions go."""
+    """As many sums over the positions of a gradient, yet to be set."""
     return grad.new_empty(channels, dtype=torch.promote_types(grad.dtype, torch.float32))
 
 
@@ -236,8 +237,12 @@ def _check_heads(query: Tensor, key: Tensor, value: Tensor, kinds: Tensor) -> No
     if len(sizes) > 1 or query.dim() != 4 or key.shape != value.shape:
         shapes = ", ".join(f"{tensor.dtype} {tuple(tensor.shape)}" for tensor in (query, key, value))
         raise ValueError(f"query, key and value are [N, heads, length, features] of one type; got {shapes}")
-    if kinds.shape != query.shape[1:2] or kinds.dtype != torch.uint8:
-        raise ValueError(f"kinds is uint8 [{query.shape[1]}]; got {kinds.dtype} of shape {tuple(kinds.shape)}")
+    if kinds.shape != query.shape[1:2] or kinds.dtype != torch.uint8 or not kinds.is_contiguous():
+        raise ValueError(
+            f"kinds is uint8 [{query.shape[1]}], contiguous; got {kinds.dtype} of shape {tuple(kinds.shape)}"
+        )
+    if cpu_averages.library(query.dtype) is None:
+        raise ValueError(f"no kernel averages values of {query.dtype}, so that no heads can be left out")
 
 
 def _dense_rows(tensor: Tensor) -> Tensor:

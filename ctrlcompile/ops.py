@@ -189,16 +189,13 @@ def _backward(ctx: Any, grad_y: Tensor | None, _grad_z: None) -> tuple[Any, ...]
     x, weight, probes, *rest = ctx.saved_tensors
     lists, kept = rest[: ctx.lists], rest[ctx.lists :]
     needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
-    grad_x = grad_weight = grad_signals = None
+    grad_x = grad_weight = grad_signals = grad_bias = sums = None
     grad, channels = grad_y, 1 if ctx.moves else -1
     if op_calls.saves_z(ctx.activation):
         # An operator that `fuse_derivative` can find.
         grad, sums = activation_backward(grad, kept[0], ctx.activation, channels)
-        grad_bias = sums.to(ctx.bias_dtype) if needs_bias else None
-    else:
-        if ctx.activation == "relu":
-            grad = torch.ops.aten.threshold_backward(grad, kept[0], 0)
-        grad_bias = channel_sums(grad, channels).to(ctx.bias_dtype) if needs_bias else None
+    elif ctx.activation == "relu":
+        grad = torch.ops.aten.threshold_backward(grad, kept[0], 0)
     if ctx.moves:
         grad = channels_last(grad)
         if needs_x:
@@ -210,6 +207,8 @@ def _backward(ctx: Any, grad_y: Tensor | None, _grad_z: None) -> tuple[Any, ...]
             grad_x, _ = linear_dgrad(grad, weight, lists, *ctx.block)
         if needs_weight:
             grad_weight, grad_signals = linear_wgrad(grad, x, weight, lists, probes, *ctx.block)
+    if needs_bias:
+        grad_bias = (channel_sums(grad, channels) if sums is None else sums).to(ctx.bias_dtype)
     return (grad_x, grad_weight, grad_bias, grad_signals, *unused)
 
 

@@ -9,11 +9,11 @@ cpu_product   runs the generated C++ for both
 cpp_rows      generates it: forward and input gradient
 cpp_wgrad     generates it: weight gradient
 cpp_window    what both share: where the rows of a product find their inputs
-cpp_averages  generates the C++ of uniform attention
+cpp_averages  generates the C++ of heads that need no weights
 cpp_vectors   what both begin with: vector types, bfloat16, activations
 isa           instruction sets, and how a kernel fills their registers
 attention     attention by the kinds of its heads, on the CPU
-cpu_averages  what it runs for uniform ones
+cpu_averages  what it runs for those without weights
 build         compiles C++, and keeps the result on disk
 dense_linear  the same by the framework's dense products, for densities at which those are faster
 triton_linear forward, input gradient and weight gradient on an NVIDIA GPU

@@ -18,8 +18,9 @@ import torch
 from torch import Tensor
 
 from . import cpu_averages
-
-DEAD, UNIFORM, LIVE = cpu_averages.DEAD, cpu_averages.UNIFORM, cpu_averages.LIVE
+from .cpp_averages import DEAD as DEAD
+from .cpp_averages import LIVE as LIVE
+from .cpp_averages import UNIFORM as UNIFORM
 
 Triple = tuple[Tensor, Tensor, Tensor]
 
@@ -33,7 +34,7 @@ def forward(
     on the CPU; returns `[N, heads, L, E]`, which is `[N, L, heads, E]` in memory, and `[N, heads, L]` likewise, of live
     heads.
     """
-    runs = _live(kinds, query.dtype)
+    runs = _live(kinds)
     if runs is None:
         return _forward([query, key, value], is_causal, scale)
     batch, heads, length, _ = query.shape
@@ -52,7 +53,7 @@ def backward(
     scale: float | None,
 ) -> Triple:  # fmt: skip
     """Gradients of query, key and value; in memory `[N, L, heads, E]`."""
-    runs = _live(kinds, query.dtype)
+    runs = _live(kinds)
     if runs is None:
         return _backward([grad, query, key, value, out, sums], is_causal, scale)
     dq, dk, dv = (t.new_empty(t.shape[0], t.shape[2], *t.shape[1::2]).transpose(1, 2) for t in (query, key, value))
@@ -76,10 +77,8 @@ def _backward(tensors: list[Tensor], is_causal: bool, scale: float | None) -> Tr
     return found
 
 
-def _live(kinds: Tensor, dtype: torch.dtype) -> list[slice] | None:
-    """The live heads as runs of heads side by side; None where all are, or count as such: where no kernel averages."""
-    if cpu_averages.library(dtype) is None:  # built at the first call, whether or not all heads are live by then
-        return None
+def _live(kinds: Tensor) -> list[slice] | None:
+    """The live heads as runs of heads side by side; None where all are."""
     runs: list[slice] = []
     start = 0
     for kind, group in itertools.groupby(kinds.tolist()):

@@ -50,11 +50,10 @@ def forward(
 def dgrad(dense: Any, live: Live, grad: Tensor, weight: Tensor, *rest: Any) -> Tensor:
     """As `dense.dgrad`, of which `before` comes last; a dead input has no gradient."""
     *others, before = rest
-    sums = None if before is None else before.sums.new_empty(live.inputs.numel())
-    some = None if before is None else before._replace(z=before.z.index_select(1, live.inputs), sums=sums)
+    some = None if before is None else reference.Before.of(before.z.index_select(1, live.inputs), before.activation)
     found = dense.dgrad(grad.index_select(1, live.outputs), _live(weight, live).to(grad.dtype), *others, some)
-    if before is not None:
-        before.sums.zero_().index_copy_(0, live.inputs, sums)
+    if before is not None and some is not None:
+        before.sums.zero_().index_copy_(0, live.inputs, some.sums)
     return _spread(found, live.inputs, grad.new_zeros(weight.shape[1]))
 
 

@@ -9,6 +9,8 @@ import torch
 from . import cpp_vectors
 from .isa import Isa
 
+DEAD, UNIFORM, LIVE = range(3)  # kinds of heads, see `attention`
+
 
 def source(isa: Isa, dtype: torch.dtype) -> str:
     """C++ for operands of one type."""
@@ -17,14 +19,13 @@ def source(isa: Isa, dtype: torch.dtype) -> str:
         "// Generated; kept beside the library for whoever wants to read it.\n"
         + cpp_vectors.prelude(isa).replace("#include <omp.h>", "#include <omp.h>\n#include <vector>")
         + f"\ntypedef {cpp_vectors.SCALARS[str(dtype)]} x_t;\n"
+        + f"enum Kind : uint8_t {{ DEAD = {DEAD}, UNIFORM = {UNIFORM}, LIVE = {LIVE} }};\n"
         + _BODY
     )
 
 
 _BODY = """
 constexpr int FOLD = 64;  // positions that are summed up by themselves
-
-enum Kind : uint8_t { DEAD, UNIFORM, LIVE };
 
 struct Sizes { int64_t batch, heads, queries, keys, features, causal; };
 
@@ -164,11 +165,12 @@ extern "C" void backward(const Sizes* n, const Kind* kinds, const x_t* grad, con
 #pragma omp for schedule(dynamic, 1)
     for (int64_t head = 0; head < n->batch * n->heads; ++head) {
       const Kind kind = kinds[head % n->heads];
+      if (kind == LIVE) continue;
       const Head<x_t> dq(grad_query, strides + 12, *n, head), dk(grad_key, strides + 15, *n, head),
           dv(grad_value, strides + 18, *n, head);
-      if (kind == DEAD || (kind == UNIFORM && n->queries == 0)) {
+      if (kind == DEAD || n->queries == 0) {
         clear(dq, n->queries, n->features), clear(dk, n->keys, n->features), clear(dv, n->keys, n->features);
-      } else if (kind == UNIFORM) {
+      } else {
         differentiate(*n, {grad, strides, *n, head}, {query, strides + 3, *n, head}, {value, strides + 6, *n, head},
                       {out, strides + 9, *n, head}, dq, dk, dv, scale, sum);
       }

@@ -7,9 +7,9 @@ registers over the whole list.
 
 The plan of one call: pack the listed blocks of the weight, in the order in which they will be read; then tiles of rows,
 each with inputs small enough for the second-level cache, run over all lists and phases, and over what sums over nothing
-at the end, at once. Inputs are packed, too, but those of a linear in float32, whose blocks are read where they lie. A
-thread takes a tile for itself as long as there are tiles, then helps with what is left of the
-others, so that neither few rows nor unequal lists leave one idle.
+at the end, at once. Inputs are packed, too, but those of a linear in float32 and whole blocks, which are read where
+they lie. A thread takes a tile for itself as long as there are tiles, then helps with what is left of the others, so
+that neither few rows nor unequal lists leave one idle.
 """
 
 import torch
@@ -34,7 +34,7 @@ def source(
         last += cpp_vectors.slope(activation.removesuffix(BACKWARD))
     strips = panels(outputs, isa)
     calls = "\n".join(
-        f"        strip<v{s.lanes}, {s.vectors}, {s.rows}>(c, list, phase, {s.first}, x, tile, total);"
+        f"        strip<v{s.lanes}, {s.vectors}, {s.rows}>(c, list, phase, {s.first}, inputs_at, tile, total);"
         for s in strips
     )
     packs = "\n".join(f"    pack_strip<{s.width}>(c, list, phase, {s.first});" for s in strips)
@@ -222,12 +222,12 @@ bool lie_in_order(const Geometry& g, int64_t w_tap) {
   return in_order;
 }
 
-// Whether rows are read where they lie: those of a linear, in float32, in whole blocks, and not all in the same sets of
-// the cache.
+// Whether inputs are read where they lie: rows of a linear, in float32, in whole blocks, and not all in the same sets
+// of the cache.
 bool need_no_packing(const Geometry& g, int64_t groups, int64_t inputs) {
-  const bool linear = g.images * g.out[0] * g.out[1] == 1 && g.phases == 1 && g.taps == 1 && groups == 1;
-  const bool whole = g.step[2] == 1 && g.first[2] == 0 && inputs % IN == 0 && g.x_stride[3] % 1024;
-  return std::is_same<x_t, float>::value && linear && whole;
+  bool linear = g.images * g.out[0] * g.out[1] * g.phases * g.taps * groups == 1;
+  for (int d = 0; d < 3; ++d) linear &= g.in[d] == g.out[d] && g.first[d] == 0 && g.step[d] == 1;
+  return linear && std::is_same<x_t, float>::value && inputs % IN == 0 && g.x_stride[3] % 1024 != 0;
 }
 
 struct Plan {
@@ -314,7 +314,7 @@ extern "C" void run(const Geometry* geometry, const x_t* x, const w_t* weight, i
 
     int64_t held = -1;  // the tile that this thread's buffer and tables hold
     float* const tile_x = tile_buffers + omp_get_thread_num() * p.tile_floats;
-    const float* x = tile_x;
+    const float* inputs_at = tile_x;
     Tile tile(p.tiles, scratch + omp_get_thread_num() * p.table_bytes);
     auto work_on = [&](int64_t i) {
       for (;;) {
@@ -325,7 +325,7 @@ extern "C" void run(const Geometry* geometry, const x_t* x, const w_t* weight, i
           pack_x(c, tile, tile_x);
         } else if (held != i) {
           tile.set(p.tiles, i, geometry->x_stride[3]);
-          x = (const float*)(c.x + tile.from[0]);
+          inputs_at = (const float*)(c.x + tile.from[0]);
         }
         held = i;
         if (turn == listed) {

@@ -5,7 +5,7 @@ pixels of its output, image after image. A row reads an input pixel for each tap
 of one tap over one line of pixels. The pixels of a strided convolution's input gradient fall into phases, each with its
 own taps, and pixel p of every phase reads about the same inputs. Kernels work on tiles of rows: the pixels that a tile
 reads are packed side by side with the zeros around them, and two tables say which packed pixel is a row's first, and
-how far a tap is from there.
+how far a tap is from there. Where that would be a mere copy the pixels may stay where they lie.
 """
 
 import ctypes
@@ -35,7 +35,7 @@ class Geometry:
     address: int
 
 
-@functools.lru_cache
+@functools.lru_cache(maxsize=1024)
 def geometry(
     images: int, size: Size, step: Size, phases: tuple[Phase, ...], x_stride: Size, y_stride: Size
 ) -> Geometry:
@@ -136,7 +136,7 @@ struct Tile {
     tap_at = at + t.g.phases * t.rows;
   }
 
-  // Packed pixels begin `stride` entries apart.
+  // Pixels, packed or not, begin `stride` entries apart.
   void set(const Tiles& t, int64_t i, int64_t stride) {
     const Geometry& g = t.g;
     int64_t line = t.parts > 1 ? i / t.parts : part(t.lines, t.count, i);

@@ -14,8 +14,6 @@ from torch import Tensor
 from . import build, cpp_averages, cpp_vectors, isa
 from .build import KernelBuildError
 
-DEAD, UNIFORM, LIVE = range(3)  # kinds of heads, see `attention`
-
 
 @functools.cache
 def library(dtype: torch.dtype) -> ctypes.CDLL | None:

@@ -54,11 +54,14 @@ def dgrad(
     """
     grad_z = channels_last(grad_z)
     grad_x = _empty(grad_z, weight.shape[1] * window.groups, input_size)
-    by_columns = lists.ccol_indices, lists.row_indices, lists.column_order
-    cpu_product.gradient_rows(
-        _transposed_geometry(grad_z, grad_x, weight, window), grad_z, weight.flatten(2).transpose(0, 1), by_columns,
-        grad_x, before, (block[1], block[0]), window.groups, shared=True,
-    )  # fmt: skip
+    if grad_x.numel():
+        by_columns = lists.ccol_indices, lists.row_indices, lists.column_order
+        cpu_product.gradient_rows(
+            _transposed_geometry(grad_z, grad_x, weight, window), grad_z, weight.flatten(2).transpose(0, 1), by_columns,
+            grad_x, before, (block[1], block[0]), window.groups, shared=True,
+        )  # fmt: skip
+    elif before is not None:
+        before.set_sums(grad_x)
     return grad_x
 
 

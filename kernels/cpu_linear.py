@@ -40,8 +40,11 @@ def dgrad(grad_z: Tensor, weight: Tensor, lists: BlockLists, block: Block, befor
     """
     grad_x = grad_z.new_empty(grad_z.shape[0], weight.shape[1])
     by_columns = lists.ccol_indices, lists.row_indices, lists.column_order
-    geometry, sides = _geometry(grad_z, grad_x), (block[1], block[0])
-    cpu_product.gradient_rows(geometry, grad_z, weight.t(), by_columns, grad_x, before, sides)
+    if grad_x.numel():
+        geometry, sides = _geometry(grad_z, grad_x), (block[1], block[0])
+        cpu_product.gradient_rows(geometry, grad_z, weight.t(), by_columns, grad_x, before, sides)
+    elif before is not None:
+        before.set_sums(grad_x)
     return grad_x
 
 

@@ -67,10 +67,7 @@ def gradient_rows(
     before: Before | None, block: Block, groups: int = 1, shared: bool = False,
 ) -> None:  # fmt: skip
     """As `rows`, of an input gradient: of what is `before` the input where that is given."""
-    if not grad_x.numel():
-        if before is not None:
-            before.sums.zero_()
-    elif before is None:
+    if before is None:
         rows(geometry, grad_z, weight, None, lists, grad_x, grad_x, block, "none", groups, shared)
     else:
         last = backward(before.activation)

@@ -35,7 +35,7 @@ def dgrad(
 ) -> Tensor:  # fmt: skip
     """Gradient with respect to the input: grad_z `[N, O, *out]` -> `[N, I, *input_size]`, channels-last."""
     grad_x = input_gradient(grad_z, weight.to(grad_z.dtype), window, input_size)
-    return grad_x if before is None else before.backward(grad_x)
+    return grad_x if before is None else before.differentiate(grad_x)
 
 
 def wgrad(

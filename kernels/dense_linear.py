@@ -32,7 +32,7 @@ def dgrad(
 ) -> Tensor:
     """Gradient with respect to the input, or to what is before it: grad_z `[M, N]`, weight `[N, K]` -> `[M, K]`."""
     grad_x = grad_z @ weight
-    return grad_x if before is None else before.backward(grad_x)
+    return grad_x if before is None else before.differentiate(grad_x)
 
 
 def wgrad(

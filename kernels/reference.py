@@ -42,15 +42,14 @@ def linear_dgrad(
     weight: Tensor,
     mask: Tensor,
     block: tuple[int, int],
-    z: Tensor | None = None,
-    activation: str = "none",
+    before: "Before | None" = None,
 ) -> Tensor:
     """Gradient with respect to the input: grad_z `[M, N]`, weight `[N, K]` -> `[M, K]` in grad_z's dtype.
 
-    Where the input is `activation(z)`, z `[M, K]` that of another layer, this is the gradient with respect to z.
+    Or with respect to what is `before` it.
     """
     grad_x = _rows_product(grad_z, weight.t(), mask.t(), (block[1], block[0]))
-    return (grad_x if z is None else differentiate(grad_x, z.to(grad_x.dtype), activation)).to(grad_z.dtype)
+    return (grad_x if before is None else before.differentiate(grad_x)).to(grad_z.dtype)
 
 
 def linear_wgrad(
@@ -117,12 +116,11 @@ def conv_dgrad(
     block: tuple[int, int],
     window: Window,
     input_size: tuple[int, ...],
-    z: Tensor | None = None,
-    activation: str = "none",
+    before: "Before | None" = None,
 ) -> Tensor:
     """Gradient with respect to the input: grad_z `[N, O, *out]` -> `[N, I, *input_size]` in grad_z's dtype.
 
-    With another layer's z `[N, I, *input_size]` and activation as `linear_dgrad` has it.
+    Or with respect to what is `before` it.
     """
     wide, taps = index_lists.matrix_block(block, weight.shape), weight.shape[2:]
     rows = grad_z.movedim(1, -1).flatten(0, -2).to(_compute_dtype(grad_z)).chunk(window.groups, dim=1)
@@ -130,15 +128,15 @@ def conv_dgrad(
     patches = torch.cat([linear_dgrad(r, w, m, wide) for r, w, m in groups], dim=1)
     inputs = weight.shape[1] * window.groups
     patches = patches.view(grad_z.shape[0], *grad_z.shape[2:], inputs, math.prod(taps)).movedim(-2, 1)
-    padded = [size + before + after for size, (before, after) in zip(input_size, window.padding, strict=True)]
+    padded = [size + sum(zeros) for size, zeros in zip(input_size, window.padding, strict=True)]
     grad_x = patches.new_zeros(*patches.shape[:2], *padded)
     for index, tap in enumerate(itertools.product(*map(range, taps))):
         seen = zip(tap, window.dilation, window.stride, grad_z.shape[2:], strict=True)
         positions: tuple[Any, ...] = (..., *(slice(t * d, t * d + s * (count - 1) + 1, s) for t, d, s, count in seen))
         grad_x[positions] += patches[..., index]
-    for dim, (size, (before, _)) in enumerate(zip(input_size, window.padding, strict=True), 2):
-        grad_x = grad_x.narrow(dim, before, size)
-    return (grad_x if z is None else differentiate(grad_x, z.to(grad_x.dtype), activation)).to(grad_z.dtype)
+    for dim, (size, (zeros, _)) in enumerate(zip(input_size, window.padding, strict=True), 2):
+        grad_x = grad_x.narrow(dim, zeros, size)
+    return (grad_x if before is None else before.differentiate(grad_x)).to(grad_z.dtype)
 
 
 def conv_wgrad(
@@ -179,27 +177,34 @@ def activate(z: Tensor, activation: str) -> Tensor:
 class Before(NamedTuple):
     """The activation before a layer, `x = activation(z)`, where its input gradient goes on to be that of z.
 
-    z has the shape and the dtype of x, and lies in memory as the gradient does. `sums`, float32 `[K]`, receives what
-    the gradient adds up to over all positions: the gradient of a bias that is a part of z.
+    z, `[M, K]` or `[N, K, *size]`, has the shape and the dtype of x, and lies in memory as the gradient does. `sums`,
+    `[K]` in float32 or wider, receives what the gradient adds up to over all positions: the gradient of a bias that is
+    a part of z.
     """
 
     z: Tensor
     activation: str
     sums: Tensor
 
-    def backward(self, grad_x: Tensor) -> Tensor:
-        """The gradient of z for that of x `[M, K]` or `[N, K, *size]`; sets `sums`."""
-        return self.summed(differentiate(grad_x, self.z, self.activation))
+    @classmethod
+    def of(cls, z: Tensor, activation: str) -> "Before":
+        """With sums that are yet to be set."""
+        return cls(z, activation, z.new_empty(z.shape[1], dtype=_compute_dtype(z)))
 
-    def summed(self, grad_z: Tensor) -> Tensor:
-        """Sets `sums` of a gradient that is z's already."""
-        self.sums.copy_(channel_sums(grad_z, 1))
+    def differentiate(self, grad_x: Tensor) -> Tensor:
+        """The gradient of z for that of x; sets `sums`."""
+        grad_z = differentiate(grad_x, self.z.to(grad_x.dtype), self.activation)
+        self.set_sums(grad_z)
         return grad_z
+
+    def set_sums(self, grad_z: Tensor) -> None:
+        """Those of the gradient of z."""
+        self.sums.copy_(channel_sums(grad_z, 1))
 
 
 def channel_sums(grad: Tensor, channels: int) -> Tensor:
     """The gradient of a bias along the dimension `channels`, summed in float32 or wider."""
-    return grad.movedim(channels, -1).flatten(0, -2).sum(0, dtype=_compute_dtype(grad))
+    return grad.movedim(channels, -1).reshape(-1, grad.shape[channels]).sum(0, dtype=_compute_dtype(grad))
 
 
 def backward(activation: str) -> str:

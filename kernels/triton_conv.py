@@ -68,7 +68,9 @@ def dgrad(
     triton_launch.convolve_rows(
         kernel, tile, grad_z, weight, None, order, grad_x, grad_x if before is None else before.z
     )
-    return grad_x if before is None else before.summed(grad_x)
+    if before is not None:
+        before.set_sums(grad_x)
+    return grad_x
 
 
 def wgrad(

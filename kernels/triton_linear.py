@@ -74,7 +74,9 @@ def dgrad(grad_z: Tensor, weight: Tensor, lists: BlockLists, block: Block, befor
     grad_x = grad_z.new_empty(grad_z.shape[0], weight.shape[1])
     order = (lists.ccol_indices, lists.row_indices, lists.column_order)
     _rows(kernel, grad_z, weight, None, order, grad_x, grad_x if before is None else before.z)
-    return grad_x if before is None else before.summed(grad_x)
+    if before is not None:
+        before.set_sums(grad_x)
+    return grad_x
 
 
 def wgrad(

@@ -5,7 +5,7 @@
 - `gate_conv`: convolution nodes likewise become `ctrlprune::conv`, on channels-last images.
 - `fuse_activation`: an activation that only a gated layer feeds moves into it.
 - `skip_heads`: attention computes no weights for heads that need none.
-- `restore_layout`: what depends on how an image lies in memory gets it as the model had it.
+- `restore_layout`: what depends on how an image or a head lies in memory gets it as the model had it.
 - `gate_nodes`: what the passes that gate layers share.
 - `layer_nodes`: what a layer's node says.
 - `graph_edit`: what every pass needs to leave a clean graph.

@@ -22,6 +22,7 @@ from torch import Tensor, fx
 from torch._ops import HigherOrderOperator, OpOverload
 
 from ctrlcompile.controller.coupling import Coupling, Heads, Members, Sets
+from ctrlcompile.kernels import cpu_averages
 from ctrlcompile.passes.channel_rules import IN_PLACE, NEW_MEMORY, RULES, Call, Labels, with_constants
 from ctrlcompile.passes.channels import CONSTANT, INPUT, LARGEST, OUTPUT, Channels
 from ctrlcompile.passes.graph_edit import argument
@@ -133,7 +134,7 @@ class _Walk:
             self._memory[node] = node
             self._values[node] = self._fitting(node, self._labels(gm, node, prefix))
             self._moved.follow(node)
-            if is_attention(node):
+            if self._layers and is_attention(node) and self._can_average(node):
                 self.heads[f"{prefix}{node.name}"] = self._by_head(node)
             self._mutate(node)
         raise AssertionError("a graph has an output")
@@ -164,6 +165,9 @@ class _Walk:
             if not wrong:
                 return labels
         return self.channels.all_of(t for value in node.all_input_nodes for t in _tensors(self._values[value]))
+
+    def _can_average(self, attention: fx.Node) -> bool:
+        return cpu_averages.library(attention.meta["example_value"].dtype) is not None
 
     def _by_head(self, attention: fx.Node) -> tuple[ByHead, ByHead, ByHead]:
         """The labels of each of an attention's heads."""
@@ -217,8 +221,9 @@ class _Walk:
                 self.rows[weight, row] = self.channels.new()
         of_channel = torch.tensor([self.rows[weight, row] for row in rows]).repeat_interleave(height)[:outputs]
         labels = of_channel.view([outputs if dim == axis else 1 for dim in range(len(out))])
+        if bias is None or not is_matmul(node) or (self._sizes(bias) or [])[:-1] in ([], [1]):
+            self._moved.start(node, axis)  # what is added is the same for each row
         if bias is None or not is_matmul(node):
-            self._moved.start(node, axis)
             return labels
         # What an addmm adds need be no bias: it may be anything that the graph computes.
         return with_constants(call, self.channels.joined(labels, call.labels(bias)), [bias])

@@ -6,6 +6,7 @@ and read again. Kernels do that while their sums are in registers; where a block
 """
 
 import operator
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor, fx
@@ -13,11 +14,11 @@ from torch._inductor import custom_graph_pass
 from torch._inductor.decomposition import select_decomp_table
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from ctrlcompile import ops
+from ctrlcompile import op_calls, ops
 from ctrlcompile.kernels import reference
 from ctrlcompile.passes.graph_edit import COPIED_META
 
-CHANNELS = {ops.linear_dgrad.default: -1, ops.conv_dgrad.default: 1}  # the dimension of an input gradient
+CHANNELS = {ops.linear_dgrad.default: -1, ops.conv_dgrad.default: 1}  # the dimension where an input gradient has them
 KEPT_META = ("val", "tensor_meta", *COPIED_META)
 
 
@@ -33,7 +34,7 @@ class FuseDerivative(custom_graph_pass.CustomGraphPass):
 
     def uuid(self) -> Any:
         """What Inductor's cache tells this pass by."""
-        return custom_graph_pass.get_hash_for_files((__file__,))
+        return custom_graph_pass.get_hash_for_files((__file__, ops.__file__, op_calls.__file__, reference.__file__))
 
 
 def after(theirs: Any) -> Any:
@@ -60,9 +61,10 @@ def fuse_derivative(graph: fx.Graph) -> None:
                 node.replace_all_uses_with(result)
                 unused = [node, *call.users, call]
             else:
-                results = _decomposed(graph, grad, z, activation, channels)
-                for user in node.users:
-                    user.replace_all_uses_with(results[user.args[1]])
+                read = [user for user in node.users if user.users]
+                results = _decomposed(graph, grad, z, activation, channels, [user.args[1] for user in read])
+                for user, result in zip(read, results, strict=True):
+                    user.replace_all_uses_with(result)
                 unused = [*node.users, node]
         for gone in unused:
             graph.erase_node(gone)
@@ -77,10 +79,14 @@ def _ends_here(call: fx.Node, grad: fx.Node, channels: int) -> bool:
     return CHANNELS[call.target] % dimensions == channels % dimensions
 
 
-def _decomposed(graph: fx.Graph, grad: fx.Node, z: fx.Node, activation: str, channels: int) -> Any:
-    def differentiate(grad: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
+def _decomposed(
+    graph: fx.Graph, grad: fx.Node, z: fx.Node, activation: str, channels: int, wanted: Sequence[int]
+) -> Any:
+    """Nodes for the wanted outputs of an `activation_backward`."""
+
+    def differentiate(grad: Tensor, z: Tensor) -> list[Tensor]:
         grad_z = reference.differentiate(grad, z, activation)
-        return grad_z, reference.channel_sums(grad_z, channels)
+        return [reference.channel_sums(grad_z, channels) if output else grad_z for output in wanted]
 
     traced = make_fx(differentiate, select_decomp_table())(grad.meta["val"], z.meta["val"])
     inputs = dict(zip(traced.graph.find_nodes(op="placeholder"), (grad, z), strict=True))

@@ -1,8 +1,8 @@
-"""Gives what depends on how an image lies in memory the layout that the model had there.
+"""Gives what depends on how an image or a head lies in memory the layout that the model had there.
 
-Gated convolutions hand on channels-last images, whatever they were given. Arithmetic takes them as they come. A `view`
-may not, nor an operator that somebody else wrote, nor the caller: for these they are copied, if they were contiguous in
-the model and are not now.
+Gated convolutions hand on channels-last images, whatever they were given, and attention that may skip heads hands on
+[N, L, heads, E]. Arithmetic takes them as they come. A `view` may not, nor an operator that somebody else wrote, nor
+the caller: for these they are copied, if they were contiguous in the model and are not now.
 """
 
 from collections.abc import Sequence
@@ -23,9 +23,9 @@ ROWS = (ops.linear.default, ops.matmul.default)  # what comes out is contiguous,
 
 
 def restore_layout(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> fx.GraphModule:
-    """Inserts `contiguous` before readers of what gated convolutions may have laid out otherwise."""
+    """Inserts `contiguous` before readers of what operators of ours may have laid out otherwise."""
     whole, *bodies = scopes(gm)
-    moving = {body.call for body in bodies if any(map(_is_conv, body.gm.graph.nodes))}
+    moving = {body.call for body in bodies if any(map(_moves, body.gm.graph.nodes))}
     moved = _restore(whole.gm.graph, {node for node in whole.gm.graph.nodes if node in moving}, outputs=True)
     for body in bodies:
         inputs = body.gm.graph.find_nodes(op="placeholder")
@@ -42,13 +42,13 @@ def _restore(graph: fx.Graph, moved: set[fx.Node], *, outputs: bool) -> set[fx.N
             for source in filter(_was_contiguous, read):
                 with graph.inserting_before(node):
                     node.replace_input_with(source, copy_meta(source, graph.call_method("contiguous", (source,))))
-        elif _is_conv(node) or (read and not is_linear(node) and node.target not in ROWS):
+        elif _moves(node) or (read and not is_linear(node) and node.target not in ROWS):
             moved.add(node)
     return moved
 
 
-def _is_conv(node: fx.Node) -> bool:
-    return node.target is ops.conv.default
+def _moves(node: fx.Node) -> bool:
+    return node.target in (ops.conv.default, ops.attention.default)
 
 
 def _depends_on_layout(node: fx.Node) -> bool:

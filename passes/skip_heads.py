@@ -13,7 +13,6 @@ from torch import Tensor, fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from ctrlcompile import ops
-from ctrlcompile.kernels import cpu_averages
 from ctrlcompile.passes.gate_nodes import with_first_output
 from ctrlcompile.passes.graph_edit import argument, clean, copy_meta, scopes
 
@@ -46,11 +45,8 @@ def skip_heads(gm: fx.GraphModule, example_inputs: Sequence[Any], *, heads: Coll
 
 
 def is_attention(node: fx.Node) -> bool:
-    """Whether a node of Dynamo's graph is attention that `ctrlprune::attention` computes with less work.
-
-    On a CPU, in a type for which there is a kernel that averages, of as many keys' heads as queries', without a mask
-    and without dropout.
-    """
+    """Whether a node of Dynamo's graph is attention as `ctrlprune::attention` computes it: on a CPU, of as many keys'
+    heads as queries', without a mask and without dropout."""
     if node.target is not F.scaled_dot_product_attention or node.op != "call_function":
         return False
     tensors = [x.meta.get("example_value") if isinstance(x, fx.Node) else None for x in _operands(node)]
@@ -65,8 +61,7 @@ def is_attention(node: fx.Node) -> bool:
     known = all(isinstance(count, int) and count == heads[0] > 1 for count in heads) and bool(heads)
     if not (plain and isinstance(causal, bool) and alike and known and query.is_cpu):
         return False
-    same = node.meta["example_value"].dtype == query.dtype  # autocast may compute in another type
-    return same and cpu_averages.library(query.dtype) is not None
+    return bool(node.meta["example_value"].dtype == query.dtype)  # autocast may compute in another type
 
 
 def _operands(node: fx.Node) -> list[Any]:

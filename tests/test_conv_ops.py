@@ -92,7 +92,8 @@ def test_the_operators_are_registered_as_pytorch_wants(kind):
     moves, lists = case.window.arguments, list(case.lists)
     size = list(case.x.shape[2:])
     grad, x, weight = torch.randn_like(y), case.x.detach(), case.weight.detach()
-    torch.library.opcheck(ops.conv_dgrad.default, (grad, weight, lists, *case.block, size, *moves))
+    for before in ((), (torch.randn_like(x), "gelu")):
+        torch.library.opcheck(ops.conv_dgrad.default, (grad, weight, lists, *case.block, size, *moves, *before))
     torch.library.opcheck(ops.conv_wgrad.default, (grad, x, weight, lists, case.probes, *case.block, *moves))
 
 

@@ -11,12 +11,14 @@ import ctrlcompile as cc
 from ctrlcompile import ops
 from ctrlcompile.cost import meter
 from ctrlcompile.kernels import attention as kernel
+from ctrlcompile.kernels import build, cpp_averages, cpu_averages
 from ctrlcompile.kernels.attention import DEAD, LIVE, UNIFORM
 
-from .small_models import assert_like_plain, random_mask
+from .small_models import Conv1D, assert_like_plain, random_mask
 
 HEADS, SIDE, TIME = 3, 16, 6
 WIDTH = HEADS * SIDE
+DENSE = 3 * 2 * 2 * 2 * HEADS * TIME * TIME * SIDE  # forward and two gradients, two products, batch, 2 per multiply-add
 
 
 class Model(nn.Module):
@@ -61,6 +63,12 @@ def even_out(gates, head, *, queries=True, keys=True):
     gates["qkv.weight"].update_(fed)
 
 
+def attention_flops(run, x) -> float:
+    """What a step of a compiled model uses beside its gated layers, of which there are no others."""
+    explained = cc.explain(run)(x)
+    return explained.flops - sum(row.flops for row in explained.rows)
+
+
 @pytest.fixture
 def computed(monkeypatch):
     """How many heads each call of the framework's attention had, forward and backward."""
@@ -103,16 +111,6 @@ def test_dead_heads_are_skipped_and_nothing_else_changes(settings, computed):
     assert sum(computed["backward"]) == HEADS
 
 
-@pytest.mark.parametrize(("values", "readers"), [(True, False), (False, True)])
-def test_a_head_lives_while_something_feeds_it_or_somebody_reads_it(values, readers, computed):
-    model = Model()
-    gates = cc.gates(model, 8)
-    run = torch.compile(model, backend="ctrlprune")
-    kill(gates, 1, values=values, readers=readers)
-    assert_like_plain(run, model, torch.randn(2, TIME, 40), gates=gates)
-    assert computed["forward"] == [HEADS]
-
-
 @pytest.mark.parametrize("settings", [{}, {"is_causal": True, "scale": 0.2}, {"recompute": True}], ids=str)
 def test_heads_without_queries_and_keys_average_and_nothing_else_changes(settings, computed):
     model = Model(**settings)
@@ -140,14 +138,31 @@ def test_heads_without_queries_and_keys_average_and_nothing_else_changes(setting
     assert sum(computed["backward"]) == HEADS
 
 
-@pytest.mark.parametrize(("queries", "keys"), [(True, False), (False, True)])
-def test_a_head_with_queries_or_keys_has_weights(queries, keys, computed):
+@pytest.mark.parametrize(
+    ("rest", "half"),
+    [(kill, "values"), (kill, "readers"), (even_out, "queries"), (even_out, "keys")],
+    ids=["unread", "unfed", "with queries", "with keys"],
+)
+def test_a_head_with_half_a_reason_to_rest_has_weights(rest, half, computed):
     model = Model()
     gates = cc.gates(model, 8)
     run = torch.compile(model, backend="ctrlprune")
-    even_out(gates, 1, queries=queries, keys=keys)
+    rest(gates, 1, **{half: False})
     assert_like_plain(run, model, torch.randn(2, TIME, 40), gates=gates)
     assert computed["forward"] == [HEADS]
+
+
+@pytest.mark.parametrize(("rows", "live"), [((), 0), ((1,), 0), ((2 * TIME,), 1)], ids=["one bias", "a row", "by row"])
+def test_queries_of_an_addmm_are_the_same_if_what_it_adds_is(rows, live):
+    model = Model()
+    model.qkv = Conv1D(WIDTH, 3 * WIDTH)
+    model.qkv.bias = nn.Parameter(torch.randn(*rows, 3 * WIDTH))
+    run, x = torch.compile(model, backend="ctrlprune", options={"block": 8}), torch.randn(2, TIME, 40)
+    run(x)
+    gates = cc.gates(model)
+    gates["qkv.weight"].update_(gates["qkv.weight"].mask.index_fill(1, torch.arange(2 * WIDTH // 8), False))
+    assert_like_plain(run, model, x, gates=gates)
+    assert attention_flops(run, x.requires_grad_()) == pytest.approx(live * DENSE)
 
 
 class Positions(Model):
@@ -216,6 +231,24 @@ def test_a_head_whose_positions_differ_has_weights(how, computed):
     assert sum(computed["forward"]) == HEADS
 
 
+class Viewed(Model):
+    """What comes out of attention is as contiguous as what goes in."""
+
+    def body(self, x):
+        q, k, v = (operand.contiguous() for operand in self.heads(self.qkv(x)))
+        out = F.scaled_dot_product_attention(q, k, v)
+        return self.output(out.view(-1, HEADS, TIME * SIDE).unflatten(2, (TIME, SIDE)).transpose(1, 2).flatten(2))
+
+
+def test_what_comes_out_can_be_viewed_as_before(computed):
+    model = Viewed()
+    gates = cc.gates(model, 8)
+    run = torch.compile(model, backend="ctrlprune")
+    kill(gates, 1)
+    assert_like_plain(run, model, torch.randn(2, TIME, 40), gates=gates)
+    assert sum(computed["forward"]) == HEADS - 1
+
+
 class Other(nn.Module):
     """Attention that cannot skip heads, or whose heads are never dead."""
 
@@ -245,6 +278,26 @@ def test_other_attention_stays_as_it_is(how, computed):
     kill(gates, 1)
     assert_like_plain(run, model, torch.randn(2, TIME, WIDTH), gates=gates)
     assert HEADS - 1 not in computed["forward"]
+
+
+def test_without_a_kernel_that_averages_attention_stays_as_it_is_after_one_warning(computed, monkeypatch):
+    def fail(*_):
+        raise build.KernelBuildError("the compiler", "was not found", "Install one.")
+
+    monkeypatch.setattr(cpp_averages, "source", fail)
+    model = Model()
+    gates = cc.gates(model, 8)
+    run, x = torch.compile(model, backend="ctrlprune"), torch.randn(2, TIME, 40, requires_grad=True)
+    kill(gates, 1)
+    cpu_averages.library.cache_clear()
+    try:
+        with pytest.warns(RuntimeWarning, match="computes attention's weights.*was not found") as warned:
+            assert_like_plain(run, model, x, gates=gates)
+        assert sum("attention" in str(warning.message) for warning in warned) == 1
+    finally:
+        cpu_averages.library.cache_clear()
+    assert computed == {"forward": [], "backward": []}  # of ours
+    assert attention_flops(run, x) == pytest.approx(DENSE)
 
 
 def test_instances_and_sizes_have_their_own_heads(computed):
@@ -286,14 +339,12 @@ def test_what_is_skipped_is_neither_used_nor_fixed():
         rest(gates, 1 if rest is kill else 2)
     run(x).sum().backward()
     before, after, last = *costs, counter()
-    dense = 3 * 2 * 2 * 2 * HEADS * TIME * TIME * SIDE  # forward and two gradients, two products, 2 per multiply-add
     assert before.dense == after.dense
-    assert before.fixed - after.fixed == pytest.approx(dense / HEADS)
-    assert after.fixed - last.fixed == pytest.approx(dense / HEADS)
+    assert before.fixed - after.fixed == pytest.approx(DENSE / HEADS)
+    assert after.fixed - last.fixed == pytest.approx(DENSE / HEADS)
     assert last.used == pytest.approx(last.fixed + sum(n * gate.active_share for gate, n in last.gated.items()))
     assert before.used == before.dense
-    explained = cc.explain(run)(x)
-    assert explained.flops == pytest.approx(sum(row.flops for row in explained.rows) + dense * (HEADS - 2) / HEADS)
+    assert attention_flops(run, x) == pytest.approx(DENSE * (HEADS - 2) / HEADS)
 
 
 def test_flop_formulas_count_live_heads():

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from ctrlcompile import ops
-from ctrlcompile.kernels import attention, build, cpu_averages
+from ctrlcompile.kernels import attention
 from ctrlcompile.kernels.attention import DEAD, LIVE, UNIFORM
 
 SHAPES = {  # batch, heads, queries, keys, features
@@ -117,31 +117,6 @@ def test_bfloat16_is_as_exact_as_the_frameworks_own(causal):
         assert (ours - truth).abs().max() <= 1.1 * (theirs - truth).abs().max()
 
 
-def test_a_type_without_a_kernel_is_the_frameworks():
-    case = Case(SHAPES["of self"], [LIVE, DEAD, UNIFORM, LIVE, UNIFORM], torch.float16)
-    torch.testing.assert_close(case.ours(True, None), case.plain(True, None), rtol=0, atol=0)
-
-
-def test_without_a_kernel_that_averages_weights_are_computed_after_one_warning(monkeypatch):
-    def fail(*_):
-        raise build.KernelBuildError("the compiler", "was not found", "Install one.")
-
-    cpu_averages.library.cache_clear()
-    monkeypatch.setattr(build, "load", fail)
-    case = Case(SHAPES["of self"], [LIVE, DEAD, UNIFORM, UNIFORM, LIVE])
-    try:
-        with pytest.warns(
-            RuntimeWarning, match="computes attention's weights where averages would do.*was not found"
-        ) as warned:
-            out, gradients = case.ours(True, None)
-        assert len(warned) == 1
-    finally:
-        cpu_averages.library.cache_clear()
-    expected, expected_gradients = case.exact(True, None)
-    for ours, exact in zip((out, *gradients), (expected, *expected_gradients), strict=True):
-        torch.testing.assert_close(ours.double(), exact, rtol=1e-4, atol=1e-5)
-
-
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize(("queries", "keys"), [(0, 4), (4, 0)])
 def test_no_queries_or_no_keys_leave_no_gradients(queries, keys, causal):
@@ -178,10 +153,16 @@ def test_operands_may_lie_in_memory_in_any_order(kinds):
 
 def test_what_does_not_fit_is_refused():
     case = Case(SHAPES["of self"], [LIVE] * 5)
-    with pytest.raises(ValueError, match=r"kinds is uint8 \[5\]; got torch.uint8 of shape \(4,\)"):
-        ops.attention(*case.operands, case.kinds[:4], True, None)
-    with pytest.raises(ValueError, match=r"kinds is uint8 \[5\]; got torch.bool of shape \(5,\)"):
-        ops.attention(*case.operands, case.live, True, None)
+    apart = torch.stack((case.kinds, case.kinds), 1)[:, 0]
+    for kinds, got in (
+        (case.kinds[:4], r"uint8 of shape \(4,\)"),
+        (case.live, r"bool of shape \(5,\)"),
+        (apart, r"uint8 of shape \(5,\)"),
+    ):
+        with pytest.raises(ValueError, match=rf"kinds is uint8 \[5\], contiguous; got torch.{got}"):
+            ops.attention(*case.operands, kinds, True, None)
+    with pytest.raises(ValueError, match="no kernel averages values of"):
+        ops.attention(*(operand.half() for operand in case.operands), case.kinds, True, None)
     out, sums = ops.attention(*case.operands, case.kinds, True, None)
     with pytest.raises(ValueError, match=r"what comes out and its gradient are torch.float32 \(3, 5, 17, 8\); got"):
         ops.attention_backward(case.grad[:, :, 1:], *case.operands, out, sums, case.kinds, True, None)

@@ -107,8 +107,10 @@ def test_the_gradients_are_those_of_the_masked_weight_and_signals_sum_over_block
     torch.testing.assert_close(grad_x, problem.grad_x)
     z = torch.randn_like(grad_x).requires_grad_()
     (expected,) = torch.autograd.grad(reference.activate(z, "gelu_tanh"), z, problem.grad_x)
-    rest = (problem.mask, problem.block, problem.window, size, z.detach(), "gelu_tanh")
+    before = reference.Before.of(z.detach(), "gelu_tanh")
+    rest = (problem.mask, problem.block, problem.window, size, before)
     torch.testing.assert_close(reference.conv_dgrad(problem.grad_z, problem.weight, *rest), expected)
+    torch.testing.assert_close(before.sums, expected.sum([dim for dim in range(expected.dim()) if dim != 1]))
     grad_weight, signals = reference.conv_wgrad(
         problem.grad_z, problem.x, problem.weight, problem.mask, problem.probes, problem.block, problem.window
     )

@@ -111,21 +111,39 @@ def test_channels_that_the_next_layer_takes_for_positions_are_added_up_as_channe
     assert fused(graphs) == [False]
 
 
-@pytest.mark.parametrize("settings", [{"padding": 1}, {"padding": 1, "stride": 2}, {"groups": 2}], ids=str)
-def test_convolutions_end_with_it_too(graphs, settings):
-    model = nn.Sequential(nn.Conv2d(16, 32, 3, padding=1), nn.GELU(), nn.Conv2d(32, 32, 3, **settings))
+@pytest.mark.parametrize(
+    ("taps", "settings"),
+    [(3, {"padding": 1}), (3, {"padding": 1, "stride": 2}), (3, {"groups": 2}), (1, {})],
+    ids=str,
+)
+def test_convolutions_end_with_it_too(graphs, taps, settings):
+    model = nn.Sequential(nn.Conv2d(16, 32, 3, padding=1), nn.GELU(), nn.Conv2d(32, 32, taps, **settings))
     run, gates = compiled_and_pruned(model)
     assert_like_plain(run, model, torch.randn(2, 16, 9, 7), gates=gates)
     assert fused(graphs, ops.conv_dgrad.default) == [False, True]
 
 
-def test_it_is_right_for_any_batch_and_under_autocast(graphs):
-    model = MLP(plain)
+@pytest.mark.parametrize("body", [plain, read_twice])
+@pytest.mark.parametrize("lead", [(), (4,)], ids=str)
+def test_it_is_right_for_any_batch(graphs, body, lead):
+    model = MLP(body)
     run, gates = compiled_and_pruned(model, dynamic=True)
     for batch in (3, 5, 9):
-        assert_like_plain(run, model, torch.randn(batch, 40), gates=gates)
-    assert any(fused(graphs))
-    graphs.clear()
+        assert_like_plain(run, model, torch.randn(batch, *lead, 40), gates=gates)
+    assert any(fused(graphs)) == (body is plain)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_it_is_right_for_a_single_vector(bias):
+    model = MLP(plain)
+    model.fc1 = nn.Linear(40, 68, bias=bias)
+    run, gates = compiled_and_pruned(model)
+    assert_like_plain(run, model, torch.randn(40), gates=gates)
+
+
+def test_it_is_right_under_autocast(graphs):
+    model = MLP(plain)
+    run, _ = compiled_and_pruned(model)
     x = torch.randn(6, 40, requires_grad=True)
     with torch.autocast("cpu", torch.bfloat16):
         compiled, eager = run(x).float().sum(), model(x).float().sum()
@@ -168,7 +186,9 @@ def test_the_operators_keep_the_rules_of_operators(activation):
     grad, z = torch.randn(5, 24), torch.randn(5, 40)
     given = (grad, model.weight.detach(), list(gate.inputs[1:-1]), 8, 8, z, activation)
     torch.library.opcheck(ops.linear_dgrad.default, given)
-    torch.library.opcheck(ops.activation_backward.default, (z, torch.randn(5, 40), activation, 1))
+    torch.library.opcheck(ops.activation_backward.default, (z, torch.randn(5, 40), activation, -1))
+    images = torch.randn(2, 2, 6, 5, 3).movedim(-1, 2)
+    torch.library.opcheck(ops.activation_backward.default, (*images, activation, 1))
     with pytest.raises(
         ValueError, match=r"z is torch.float32 of shape \(5, 40\); got torch.float32 of shape \(4, 40\)"
     ):
