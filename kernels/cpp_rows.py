@@ -222,12 +222,13 @@ bool lie_in_order(const Geometry& g, int64_t w_tap) {
   return in_order;
 }
 
-// Whether inputs are read where they lie: rows of a linear, in float32, in whole blocks, and not all in the same sets
-// of the cache.
-bool need_no_packing(const Geometry& g, int64_t groups, int64_t inputs) {
+// Whether inputs are read where they lie: rows of a linear, in float32, in whole blocks, of which fewer lie in
+// the same sets of the first-level cache at a time than it has ways.
+bool need_no_packing(const Geometry& g, int64_t groups, int64_t inputs, int ways) {
   bool linear = g.images * g.out[0] * g.out[1] * g.phases * g.taps * groups == 1;
   for (int d = 0; d < 3; ++d) linear &= g.in[d] == g.out[d] && g.first[d] == 0 && g.step[d] == 1;
-  return linear && std::is_same<x_t, float>::value && inputs % IN == 0 && g.x_stride[3] % 1024 != 0;
+  const bool spread = g.x_stride[3] % 1024 != 0 || (g.x_stride[3] != 0 && GRAIN < ways);
+  return linear && std::is_same<x_t, float>::value && inputs % IN == 0 && spread;
 }
 
 struct Plan {
@@ -235,8 +236,8 @@ struct Plan {
   int64_t columns, lists, pixel_stride;
   Tiles tiles;
   int64_t tile_floats, table_bytes, packed_floats, total_floats;
-  Plan(const Geometry& g, int64_t groups, int64_t outputs, int64_t inputs, int64_t tile_bytes)
-      : packs(!need_no_packing(g, groups, inputs)),
+  Plan(const Geometry& g, int64_t groups, int64_t outputs, int64_t inputs, int64_t tile_bytes, int ways)
+      : packs(!need_no_packing(g, groups, inputs, ways)),
         columns((inputs + IN - 1) / IN),
         lists(groups * ((outputs + OUT - 1) / OUT)),
         pixel_stride(((groups * columns * IN + 15) / 16 | 1) * 16),  // an odd number of cache lines
@@ -271,8 +272,8 @@ void set_lists(const Call& c, int64_t outputs, bool shared, const float* bias, c
 
 // Bytes of scratch that run() needs.
 extern "C" int64_t scratch_bytes(const Geometry* g, int64_t groups, int64_t outputs, int64_t inputs,
-                                 int64_t tile_bytes, int threads) {
-  const Plan p(*g, groups, outputs, inputs, tile_bytes);
+                                 int64_t tile_bytes, int ways, int threads) {
+  const Plan p(*g, groups, outputs, inputs, tile_bytes, ways);
   return threads * p.table_bytes + p.lists * (int64_t)(sizeof(List) + sizeof(Constant)) +
          groups * p.columns * (int64_t)(sizeof(Run) + sizeof(int32_t)) +
          4 * (p.packed_floats + threads * p.tile_floats + p.lists * OUT + p.total_floats + p.tiles.count + 1);
@@ -284,8 +285,8 @@ extern "C" int64_t scratch_bytes(const Geometry* g, int64_t groups, int64_t outp
 extern "C" void run(const Geometry* geometry, const x_t* x, const w_t* weight, int64_t w_out, int64_t w_in,
                     int64_t w_tap, const float* bias, const int32_t* offsets, const int32_t* indices,
                     const int32_t* order, x_t* y, x_t* z, float* sums, int64_t groups, int64_t outputs, int64_t inputs,
-                    int shared, int64_t tile_bytes, int threads, char* scratch) {
-  const Plan p(*geometry, groups, outputs, inputs, tile_bytes);
+                    int shared, int64_t tile_bytes, int ways, int threads, char* scratch) {
+  const Plan p(*geometry, groups, outputs, inputs, tile_bytes, ways);
   List* const lists = (List*)(scratch + threads * p.table_bytes);
   Constant* const constants = (Constant*)(lists + p.lists);
   Run* const runs = (Run*)(constants + p.lists);

@@ -53,12 +53,12 @@ def rows(
     outputs, inputs = (outputs, inputs // groups) if shared else (outputs // groups, inputs)
     library = _rows_library(block, x.dtype, weight.dtype, activation, isa.current())
     bias = None if bias is None else bias.float().contiguous()
-    threads, cached = torch.get_num_threads(), _second_level_bytes() // 2
-    scratch = _scratch(_scratch_bytes(library, geometry, groups, outputs, inputs, cached, threads))
+    plan = _second_level_bytes() // 2, _first_level_ways(), torch.get_num_threads()
+    scratch = _scratch(_scratch_bytes(library, geometry, groups, outputs, inputs, *plan))
     library.run(
         geometry.address, x.data_ptr(), weight.data_ptr(), *_strides(weight), None if bias is None else bias.data_ptr(),
         *(part.data_ptr() for part in lists), y.data_ptr(), z.data_ptr(), None if sums is None else sums.data_ptr(),
-        groups, outputs, inputs, shared, cached, threads, scratch.data_ptr(),
+        groups, outputs, inputs, shared, *plan, scratch.data_ptr(),
     )  # fmt: skip
 
 
@@ -116,7 +116,7 @@ def _rows_library(
 ) -> ctypes.CDLL:
     source = cpp_rows.source(target, *block, x_dtype, weight_dtype, activation)
     library = build.load(_name(f"rows_{activation}", block, x_dtype, weight_dtype, target), source, target.flags)
-    return _declare(library, "p p p l l l p p p p p p p l l l i l i p", "p l l l l i")
+    return _declare(library, "p p p l l l p p p p p p p l l l i l i i p", "p l l l l i i")
 
 
 @functools.cache
@@ -167,8 +167,18 @@ def _scratch(size: int) -> Tensor:
 
 @functools.cache
 def _second_level_bytes() -> int:
+    return _of_cache(2, "size", 512) * 1024
+
+
+@functools.cache
+def _first_level_ways() -> int:
+    return _of_cache(0, "ways_of_associativity", 8)
+
+
+def _of_cache(index: int, what: str, otherwise: int) -> int:
+    """What Linux says of a cache: 0 is the first level's for data, 2 the second level's."""
     try:
-        text = Path("/sys/devices/system/cpu/cpu0/cache/index2/size").read_text().strip()
-        return int(text.removesuffix("K")) * 1024
+        text = Path(f"/sys/devices/system/cpu/cpu0/cache/index{index}/{what}").read_text().strip()
+        return int(text.removesuffix("K"))
     except (OSError, ValueError):
-        return 512 * 1024
+        return otherwise

@@ -102,6 +102,13 @@ def test_small_tiles_and_chunks_of_any_size_add_up(cached, monkeypatch):
         Problem.random(500, 200, 300, (32, 32), 0.5, dtypes).check_wgrad()
 
 
+@pytest.mark.parametrize("ways", [1, 16])
+def test_rows_in_the_same_sets_of_the_cache_are_packed_or_not(ways, monkeypatch):
+    monkeypatch.setattr(cpu_product, "_first_level_ways", lambda: ways)
+    Problem.random(45, 1024, 96, (32, 32), 0.4, FLOAT).check_forward("gelu")
+    Problem.random(45, 96, 1024, (32, 32), 0.4, FLOAT).check_dgrad()
+
+
 @pytest.mark.parametrize("mask", ["empty row", "empty column", "all masked"])
 def test_where_nothing_is_active_the_result_is_that_of_a_zero_weight(mask):
     problem = Problem.random(30, 100, 100, (32, 32), 1.0, FLOAT)
