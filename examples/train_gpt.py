@@ -8,9 +8,9 @@ python examples/train_gpt.py --compare          # also trains it dense, and a na
 
      run        width  val. loss     FLOPs  of dense  seconds  compile  density
      ───────────────────────────────────────────────────────────────────────────
-     ctrlprune    384     2.4071  1.66e+12     0.400     22.5     36.2     0.26
-     dense        384     2.4095  4.16e+12     1.000     35.2     12.3     1.00
-     narrow       240     2.4189  1.68e+12     0.405     14.6     19.7     1.00
+     ctrlprune    384     2.4059  1.66e+12     0.400     12.1     24.8     0.37
+     dense        384     2.4095  4.16e+12     1.000     18.3      6.9     1.00
+     narrow       240     2.4189  1.68e+12     0.405      8.8     10.1     1.00
 
        validation loss in nats per character, standard error 0.024; seconds of
                               training, compiling apart

@@ -221,9 +221,10 @@ class _Walk:
                 self.rows[weight, row] = self.channels.new()
         of_channel = torch.tensor([self.rows[weight, row] for row in rows]).repeat_interleave(height)[:outputs]
         labels = of_channel.view([outputs if dim == axis else 1 for dim in range(len(out))])
-        if bias is None or not is_matmul(node) or (self._sizes(bias) or [])[:-1] in ([], [1]):
-            self._moved.start(node, axis)  # what is added is the same for each row
-        if bias is None or not is_matmul(node):
+        plain = bias is None or not is_matmul(node)
+        if plain or (self._sizes(bias) or [])[:-1] in ([], [1]):  # what is added is the same for each row
+            self._moved.start(node, axis)
+        if plain:
             return labels
         # What an addmm adds need be no bias: it may be anything that the graph computes.
         return with_constants(call, self.channels.joined(labels, call.labels(bias)), [bias])
