@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass, field
 from numbers import Real
 
+ENDLESS = 10**9  # steps, so many that those before them do not count
 AVERAGE_STEPS = 100  # horizon of the average step, long against noise in the batch size, short against a curriculum
 
 
@@ -108,3 +109,14 @@ class Ledger:
         """The least budget that the run can still meet, with each gate at its `lowest` density from now on."""
         whole = self.dense + steps_left * self.average_dense
         return (self.used + steps_left * (self.average_fixed + self.gated_at(lowest))) / whole
+
+    def check(self, budget: Budget, steps_left: int | None, lowest: list[float]) -> None:
+        """Raises BudgetError where a run of `steps_left` steps more (None: without end) cannot meet the budget."""
+        least = self.least(ENDLESS if steps_left is None else steps_left, lowest)
+        if least > budget.flops:
+            rest = "" if steps_left is None else f" and {steps_left} steps are left"
+            raise BudgetError(
+                f"budget: got {budget.flops:g}; {self.average_fixed / self.average_dense:.3f} of this model's training "
+                f"FLOPs cannot be gated{rest}, so the least that it can meet is {math.ceil(least * 1e3) / 1e3:.3f}. "
+                "Ask for that or more, gate more of the model or, in a short run, train longer"
+            )

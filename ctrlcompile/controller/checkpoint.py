@@ -44,10 +44,10 @@ def save(controller: Controller) -> dict[str, Any]:
         "ramp": dict(vars(c._ramp)),
         "feedback": dict(vars(c._feedback)),
         "exchange": dict(vars(c._exchange)),
-        "cursor": list(c._rotation.cursor),
-        "credit": list(c._rotation.credit),
-        "probes": [c._probes.ids.clone(), list(c._probes.counts)],
-        "probing": [[probes.ids.clone(), list(probes.counts)] for probes in c._probing],
+        "cursor": list(c._prober.rotation.cursor),
+        "credit": list(c._prober.rotation.credit),
+        "probes": [c._prober.current.ids.clone(), list(c._prober.current.counts)],
+        "probing": [[probes.ids.clone(), list(probes.counts)] for probes in c._prober.coming],
         "tensors": {name: tensor.clone() for name, tensor in _tensors(c).items()},
         "coupling": c._lattice.state(),
     }
@@ -70,13 +70,14 @@ def load(controller: Controller, state: Mapping[str, Any]) -> None:
     c._ramp = Ramp(**state["ramp"])
     c._feedback = Feedback(**state["feedback"])
     c._exchange = Exchange(**state["exchange"])
-    c._rotation.cursor, c._rotation.credit = list(state["cursor"]), list(state["credit"])
-    c._probing = [
+    rotation = c._prober.rotation
+    rotation.cursor, rotation.credit = list(state["cursor"]), list(state["credit"])
+    c._prober.coming = [
         Probes(ids.to(masks.device, copy=True), list(counts)) for ids, counts in (state["probes"], *state["probing"])
     ]
     c._lattice.load(state["coupling"])
     c._inbox.collect()
-    c._probe(every=True)
+    c._prober.hand_out(every=True)
     c._left_at = c._densities()
 
 
@@ -100,7 +101,7 @@ def _tensors(c: Controller) -> dict[str, Tensor]:
         "switched": c._blocks.switched,
         "bar": c._blocks.bar,
         **{f"signals.{name}": tensor for name, tensor in vars(c._signals).items()},
-        "order": c._rotation.order,
+        "order": c._prober.rotation.order,
     }
 
 

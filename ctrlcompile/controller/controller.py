@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 import re
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -13,14 +12,14 @@ import torch.distributed as dist
 from torch import Tensor
 
 from . import checkpoint
-from .budget import Budget, BudgetError, Ledger
+from .budget import Budget, Ledger
 from .contract import Gate, Log, StepCost
 from .coupling import Lattice
 from .decide import Blocks, Decision, Exchange, decide, evenly, swap_limit
 from .host import on_cpu
 from .layout import Layout
 from .price import Feedback
-from .probes import SPEND, Probes, Rotation
+from .probes import Prober
 from .ramp import OPEN_ENDED, Ramp
 from .signals import Inbox, Signals
 
@@ -93,10 +92,7 @@ class Controller:
         self._heard = self._layout.to(self._device)  # the layout of what the signals are kept in
         self._inbox = Inbox(self._list, self._layout)
         self._lattice = Lattice(self._list, self._layout)
-        sizes = self._layout.lengths
-        self._starts = sizes.cumsum(0) - sizes
-        self._least = (sizes * min_density).ceil().long().clamp(min=1)
-        self._capacity = [gate.probes.numel() for gate in self._list]
+        self._least = (self._layout.lengths * min_density).ceil().long().clamp(min=1)
         self._slow = max(10, 2 * self.interval)
         self._dwell = max(2 * self.interval, length // 20)
 
@@ -118,9 +114,7 @@ class Controller:
         self._feedback = Feedback()
         self._exchange = Exchange()
         self._decided = 0  # step of the last decision
-        self._rotation = Rotation.of(self._layout)
-        self._probes = Probes.none(self._layout)  # of the coming step
-        self._probing: list[Probes] = []  # of those after it
+        self._prober = Prober(self._list, self._layout)
         self._left_at = self._densities()
 
     # ---------------------------------------------------------------- what users read
@@ -171,8 +165,7 @@ class Controller:
     @on_cpu
     def close(self) -> None:
         """Leaves the gates as they are: no signals, no probes."""
-        self._probing = []
-        self._probe()
+        self._prober.stop()
         self._inbox.close()
         if self.log is not None:
             self.log.close()
@@ -191,18 +184,19 @@ class Controller:
         """Takes in the optimizer step that has just run, and decides when a decision is due."""
         self.steps += 1
         left = None if self.total_steps is None else self.total_steps - self.steps
-        if self._densities() != self._left_at:  # the user has switched blocks, and no probe was made
-            self._probes, self._probing, self._next = Probes.none(self._layout), [], self.steps
+        if self._densities() != self._left_at:  # the user has switched blocks, and their gates' probes were not made
+            self._prober.stop()
+            self._next = self.steps
         self._measure()
         if left == 0:
-            self._probing = []
+            self._prober.stop()
             self._note(self._planned, 0, 0)
             self._tell_share()
         elif left == -1:
             log.info("past total_steps=%d: holding density %.3f", self.total_steps, self.density)
         elif self.steps >= self._next and self._ledger.gated and (left is None or left > 0):
             self._decide(left)
-        self._probe()
+        self._prober.hand_out()
         self._left_at = self._densities()
 
     def _measure(self) -> None:
@@ -224,7 +218,7 @@ class Controller:
         gated = rest[: len(self._list)]
         self._lattice.normalised = torch.tensor(rest[len(self._list) :]) > 0  # by any replica's word
         ran = torch.tensor(gated) > 0
-        self._signals.observe(arrived, self._sent(self._probes.ids), self._sent(ran), self._heard)
+        self._signals.observe(arrived, self._sent(self._prober.current.ids), self._sent(ran), self._heard)
         if dense <= 0:
             if self.steps == 1:
                 log.warning("no cost was measured in the first step: is the model compiled with backend='ctrlprune'?")
@@ -233,21 +227,10 @@ class Controller:
         self._since[0] += used - fixed
         self._since[1] += sum(gated)
         if self._ledger.measured <= 2:
-            self._check_budget()
-
-    def _check_budget(self) -> None:
-        ledger = self._ledger
-        left = 10**9 if self.total_steps is None else self.total_steps - self.steps
-        # In the first step, an optimizer whose turn comes later has not been seen yet.
-        least = ledger.least(left, self._lowest(self._least if ledger.measured == 1 else self._floor()))
-        if least > self.budget.flops:
-            rest = "" if self.total_steps is None else f" and {left} steps are left"
-            raise BudgetError(
-                f"budget: got {self.budget.flops:g}; {ledger.average_fixed / ledger.average_dense:.3f} of this model's "
-                f"training FLOPs cannot be gated{rest}, so the least that it can meet is "
-                f"{math.ceil(least * 1e3) / 1e3:.3f}. Ask for that or more, gate more of the model or, in a short run, "
-                "train longer"
-            )
+            # In the first step, an optimizer whose turn comes later has not been seen yet.
+            floor = self._least if self._ledger.measured == 1 else self._floor()
+            left = None if self.total_steps is None else self.total_steps - self.steps
+            self._ledger.check(self.budget, left, self._lowest(floor))
 
     def _decide(self, left: int | None) -> None:
         ledger, ramp = self._ledger, self._ramp
@@ -359,31 +342,14 @@ class Controller:
         return returned, int(sum(counts[0])) - returned
 
     def _plan_probes(self, steps: int, wanted: float, cost: Tensor) -> None:
-        unspent = wanted - self._density
-        if not bool((~self._blocks.active & (cost > 0) & (cost <= 2 * unspent)).any()):  # nothing that it would bring
+        active, unspent = self._blocks.active, wanted - self._density
+        if not bool((~active & (cost > 0) & (cost <= 2 * unspent)).any()):  # nothing that it would bring back
             unspent = 0.0
         if swap_limit(self.steps, self.interval, self.total_steps) == 0 == unspent:  # nothing comes back any more
-            self._probing = []
-            return
-        ledger, sizes = self._ledger, self._layout.lengths.tolist()
-        active = self._blocks.active
-        self._probing = self._rotation.next(
-            active | self._lattice.useless(active),  # of what is useless, nothing is to be learnt
-            [g / ledger.gated / size for g, size in zip(ledger.average_gated, sizes, strict=True)],
-            self._layout,
-            steps=steps,
-            afford=SPEND * (ledger.average_fixed / ledger.gated + max(0.0, wanted)) + unspent,
-            capacity=self._capacity,
-        )
-
-    def _probe(self, every: bool = False) -> None:
-        """Hands each gate the blocks to probe in the coming step; `every` gate, or those for which that changes."""
-        before, self._probes = self._probes, self._probing.pop(0) if self._probing else Probes.none(self._layout)
-        gate_of = self._layout.gate_of[self._probes.ids]
-        local = (self._probes.ids - self._starts[gate_of]).split(self._probes.counts)
-        for gate, ids, old in zip(self._list, local, before.counts, strict=True):
-            if ids.numel() or old or every:
-                gate.probe_(ids)
+            self._prober.stop()
+        else:
+            known = active | self._lattice.useless(active)  # of these nothing is to be learnt
+            self._prober.plan(known, self._ledger, steps=steps, wanted=wanted, unspent=unspent)
 
     def _sent(self, decided: Tensor) -> Tensor:
         """A tensor of decisions on the device of the signals, without waiting for it."""

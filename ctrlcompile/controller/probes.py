@@ -13,6 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .budget import Ledger
+from .contract import Gate
 from .layout import Layout
 
 RATE = 0.01  # of the inactive blocks, per step
@@ -82,3 +84,54 @@ class Rotation:
                 self.cursor[g] = int(picked[-1]) + 1
             turns.append(ids[picked[:take]].tensor_split(steps))
         return [Probes(torch.cat(turn), [ids.numel() for ids in turn]) for turn in zip(*turns, strict=True)]
+
+
+class Prober:
+    """Plans probes up to the next decision, and hands each gate those of the coming step.
+
+    Attributes:
+        rotation: whose turn it is.
+        current: what the coming step probes.
+        coming: what the steps after it probe.
+    """
+
+    def __init__(self, gates: Sequence[Gate], layout: Layout) -> None:
+        self.rotation = Rotation.of(layout)
+        self.current = Probes.none(layout)
+        self.coming: list[Probes] = []
+        self._gates, self._layout = gates, layout
+        self._starts = torch.tensor(layout.offsets[:-1])
+        self._capacity = [gate.probes.numel() for gate in gates]
+
+    def plan(self, known: Tensor, ledger: Ledger, *, steps: int, wanted: float, unspent: float) -> None:
+        """Plans `steps` steps.
+
+        Args:
+            known: bool [N], blocks of which probes tell nothing: active ones, and those useless whatever they compute.
+            ledger: with the average step.
+            wanted: share of the gateable FLOPs that a step is to use.
+            unspent: share of them that it leaves to probes anyhow.
+        """
+        sizes = self._layout.lengths.tolist()
+        self.coming = self.rotation.next(
+            known,
+            [flops / ledger.gated / size for flops, size in zip(ledger.average_gated, sizes, strict=True)],
+            self._layout,
+            steps=steps,
+            afford=SPEND * (ledger.average_fixed / ledger.gated + max(0.0, wanted)) + unspent,
+            capacity=self._capacity,
+        )
+
+    def stop(self) -> None:
+        """Probes nothing until the next plan."""
+        self.coming = []
+        self.hand_out()
+
+    def hand_out(self, every: bool = False) -> None:
+        """Hands each gate the blocks to probe in the coming step; `every` gate, or those for which that changes."""
+        before, self.current = self.current, self.coming.pop(0) if self.coming else Probes.none(self._layout)
+        gate_of = self._layout.gate_of[self.current.ids]
+        local = (self.current.ids - self._starts[gate_of]).split(self.current.counts)
+        for gate, ids, old in zip(self._gates, local, before.counts, strict=True):
+            if ids.numel() or old or every:
+                gate.probe_(ids)

@@ -1,4 +1,4 @@
-"""Decisions: the best blocks per cost, within bounds; and whose turn it is to be probed."""
+"""Decisions: the best blocks per cost, within bounds."""
 
 import pytest
 import torch
@@ -7,7 +7,6 @@ from hypothesis import strategies as st
 
 from ctrlcompile.controller.decide import HYSTERESIS, LIFE, Blocks, Exchange, decide, swap_limit
 from ctrlcompile.controller.layout import Layout
-from ctrlcompile.controller.probes import RATE, Rotation
 from ctrlcompile.controller.rating import rate
 
 from .plant import FakeGate
@@ -231,33 +230,3 @@ def test_exchange_ends_before_the_run_does_and_leaves_blocks_time_to_learn(steps
     assert max(limits[round(0.76 * len(limits)) :]) == pytest.approx(0, abs=1e-12)
     assert max(limits) <= interval / LIFE
     assert sum(limits) == pytest.approx(0.75 * steps / LIFE / 2, rel=0.05)
-
-
-def test_every_inactive_block_is_probed_once_before_any_is_probed_twice():
-    rotation = Rotation.of(LAYOUT)
-    active = torch.rand(N) < 0.5
-    seen = torch.zeros(N, dtype=torch.int64)
-    while seen.sum() < int((~active).sum()) * 3:
-        for probes in rotation.next(active, [0.006, 0.004], LAYOUT, steps=4, afford=1.0, capacity=[2, 2]):
-            seen[probes.ids] += 1
-    assert not seen[active].any()
-    for gate in (0, 1):
-        turns = seen[~active & (LAYOUT.gate_of == gate)]
-        assert turns.max() - turns.min() <= 1
-
-
-@settings(deadline=None, max_examples=25)
-@given(afford=st.floats(0.0, 0.01), steps=st.integers(1, 50), capacity=st.integers(1, 4))
-def test_probes_cost_no_more_than_they_may_and_fit_the_gates(afford, steps, capacity):
-    rotation, active = Rotation.of(LAYOUT), torch.zeros(N, dtype=torch.bool)
-    total = 0.0
-    rounds = 100 // steps + 1
-    for _ in range(rounds):
-        turns = rotation.next(active, [0.006, 0.0057], LAYOUT, steps=steps, afford=afford, capacity=[capacity] * 2)
-        assert len(turns) == steps
-        for probes in turns:
-            assert max(probes.counts) <= capacity
-            assert torch.bincount(LAYOUT.gate_of[probes.ids], minlength=2).tolist() == probes.counts
-            total += 0.5 * (0.006 * probes.counts[0] + 0.0057 * probes.counts[1])
-    assert total <= afford * rounds * steps * (1 + 1e-6)
-    assert total <= RATE * 0.5 * (100 * 0.006 + 84 * 0.0057) * rounds * steps * (1 + 1e-6)
