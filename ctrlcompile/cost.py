@@ -79,6 +79,11 @@ class RegionCost:
     attentions: Mapping[str, Expression] = field(default_factory=dict)
     _bound: dict[tuple[int, ...], "BoundCost"] = field(default_factory=dict, compare=False, repr=False)
 
+    @property
+    def uncounted(self) -> bool:
+        """Whether a part depends on sizes that only the running graph knows, and is left out."""
+        return bool(sympy.sympify(self.dense).free_symbols.difference(self.symbols))
+
     def bind(self, sizes: tuple[int, ...]) -> "BoundCost":
         """The cost at these sizes, one for each symbol; kept, since a run has few of them."""
         bound = self._bound.get(sizes)
@@ -86,7 +91,8 @@ class RegionCost:
             values = dict(zip(self.symbols, sizes, strict=True))
 
             def number(expression: Expression) -> float:
-                return float(sympy.sympify(expression).subs(values))
+                known = sympy.sympify(expression).subs(values)
+                return float(known.subs(dict.fromkeys(known.free_symbols, 0)))  # see `uncounted`
 
             products = tuple((number(p.total), number(p.wgrad)) for p in self.products)
             attentions = {name: number(flops) for name, flops in self.attentions.items()}
@@ -179,8 +185,11 @@ def _scratch(mode: FakeTensorMode) -> Iterator[None]:
     def untouched(tensor: torch.Tensor) -> torch.Tensor:
         return tensor
 
-    # A checkpoint around the compiled call has saved-tensor hooks, which must not see fake tensors.
-    hooks = torch.autograd.graph.saved_tensors_hooks(untouched, untouched)
+    # A checkpoint around the compiled call has saved-tensor hooks, which must not see fake tensors. Without any, none
+    # are added: `torch.func.grad` refuses them.
+    hooks: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
+    if torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
+        hooks = torch.autograd.graph.saved_tensors_hooks(untouched, untouched)
     with mode, torch.enable_grad(), fresh, hooks:
         yield
 
@@ -239,6 +248,7 @@ class Meter:
         self.listening = False
         self._counters: weakref.WeakSet[Counter] = weakref.WeakSet()
         self._gateless = _Account()
+        self._forwards: dict[int, int] = {}  # since the last step: calls outside backward, by id of their cost
         self._unclaimed: dict[tuple[int, ...], _Account] = {}  # by ids of gates, which the account keeps alive
 
     def counter(self, gates: Iterable[Gate]) -> Counter:
@@ -264,12 +274,20 @@ class Meter:
         return list(found)
 
     def record(
-        self, cost: BoundCost, gates: Sequence[Gate | None], coupled: Coupled | None = None, skipped: float = 0.0
+        self,
+        cost: BoundCost,
+        gates: Sequence[Gate | None],
+        coupled: Coupled | None = None,
+        skipped: float = 0.0,
+        wanted: bool = True,
     ) -> None:
         """Notes one training call of a region.
 
-        `gates` are those of its layers, in order, `coupled` says how; `skipped` is what its attentions saved.
+        `gates` are those of its layers, in order, `coupled` says how; `skipped` is what its attentions saved; `wanted`
+        says that a counter may yet come for gates that have none.
         """
+        if self._is_recomputed(cost):
+            return
         known = set() if coupled is None else {coupled}
         account = _Account(cost.dense, used_flops(cost, gates) - skipped, skipped, coupled=known)
         for gate, (total, _) in zip(gates, cost.products, strict=True):
@@ -281,7 +299,7 @@ class Meter:
         for counter in self._counters:
             if not counter.gates.isdisjoint(account.gated):
                 counter.add(account)
-        if not self._all_counted(account.gated):
+        if wanted and not self._all_counted(account.gated):
             key = tuple(map(id, gates))
             if (before := self._unclaimed.get(key)) is None or before.closed:
                 self._unclaimed[key] = account
@@ -293,7 +311,15 @@ class Meter:
         for waiting in self._unclaimed.values():
             waiting.closed = waiting.closed or not gates.isdisjoint(waiting.gated)
         account, self._gateless = self._gateless, _Account()
+        self._forwards.clear()
         return account
+
+    def _is_recomputed(self, cost: BoundCost) -> bool:
+        """Whether a call computes again, for backward, what an earlier one has computed: inside a checkpoint."""
+        earlier = self._forwards.get(id(cost), 0)
+        inside_backward = torch._C._current_graph_task_id() >= 0
+        self._forwards[id(cost)] = max(0, earlier - 1) if inside_backward else earlier + 1
+        return inside_backward and earlier > 0
 
     def _all_counted(self, gates: Iterable[Gate]) -> bool:
         return all(any(gate in counter.gates for counter in self._counters) for gate in gates)

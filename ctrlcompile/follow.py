@@ -34,6 +34,7 @@ KEEP_ZERO: tuple[type[torch.optim.Optimizer], ...] = (
 _wanted: weakref.WeakKeyDictionary[Gate, Options] = weakref.WeakKeyDictionary()
 _in_the_open: weakref.WeakKeyDictionary[Gate, weakref.ref[Controller]] = weakref.WeakKeyDictionary()
 _runs: weakref.WeakKeyDictionary[torch.optim.Optimizer, list["_Run"]] = weakref.WeakKeyDictionary()
+_told_of: weakref.WeakSet[Gate] = weakref.WeakSet()
 _ran: set[bool] = set()  # since the last optimizer step, graphs with a budget: with a gate, without one
 
 
@@ -54,7 +55,11 @@ class _Run:
 
 def adopt(gate: Gate, options: Options) -> None:
     """Has a gate driven from whichever optimizer steps its Parameter, as `options` say."""
-    if gate not in _wanted and gate not in _in_the_open:
+    if gate in _in_the_open:
+        controller = _in_the_open[gate]()
+        if controller is not None and options.budget is not None:
+            _warn_two_budgets(options.budget.flops, controller.budget.flops)
+    elif gate not in _wanted:
         _wanted[gate] = options
         meter.listening = True
 
@@ -68,9 +73,13 @@ def controller_of(optimizer: torch.optim.Optimizer) -> Controller | None:
     """The controller that the one-line form runs from this optimizer, bare or in a trainer's wrapper; None before its
     first step.
 
+    Raises TypeError for what is no optimizer.
+
     Its `state_dict()` belongs into a checkpoint. A run is resumed in the open, where the controller is there before the
     first step: `Controller(model, budget=..., total_steps=..., optimizer=optimizer).load_state_dict(state)`.
     """
+    if not hasattr(optimizer, "param_groups"):
+        raise TypeError(f"controller_of takes the optimizer that trains the model; got {type(optimizer).__name__}")
     runs = _joined(_gates(optimizer))
     return runs[0].controller if runs else None
 
@@ -104,7 +113,11 @@ def _after_step(optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs:
         gate.stepped_by(optimizer, keeps_zero=keeps_zero)
     if optimizer not in _runs and any(gate in _wanted for gate in gates):
         _runs[optimizer] = [*_joined(gates), *_started(gates)]
-    for run in _runs.get(optimizer, ()):
+    runs = _runs.get(optimizer, ())
+    late = [gate for gate in gates if gate in _wanted and not any(gate in run.owned for run in runs)] if runs else []
+    if late:
+        _warn_late(late)
+    for run in runs:
         run.stepped_by(optimizer)
     for gate, outcome in respecialize.at_boundary(gates, lambda gate: _steps_left(gate, optimizer)):
         controller = _controller(gate, optimizer)
@@ -149,6 +162,30 @@ def _started(gates: list[Gate]) -> list[_Run]:
         runs.append(_Run(controller))
         logger.info("a controller drives %d gates", len(named))
     return runs
+
+
+@functools.cache
+def _warn_two_budgets(ignored: float, budget: float) -> None:
+    warnings.warn(
+        f"ctrlcompile ignores the option budget={ignored:g}: these layers are driven by a Controller on a budget of "
+        f"{budget:g}, made from the model",
+        RuntimeWarning,
+        stacklevel=2,
+    )
+
+
+def _warn_late(late: list[Gate]) -> None:
+    """Once for each gate that has come after its optimizer's first step."""
+    new = [gate.name for gate in late if gate not in _told_of]
+    _told_of.update(late)
+    if new:
+        warnings.warn(
+            f"ctrlcompile trains {', '.join(new[:3])}{' ...' if len(new) > 3 else ''} densely, at the other layers' "
+            "expense: these layers ran for the first time after the first optimizer step, when the budget had been "
+            "divided. Make a ctrlcompile.Controller from the model, which has all layers from the start",
+            RuntimeWarning,
+            stacklevel=2,
+        )
 
 
 @functools.cache

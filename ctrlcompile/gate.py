@@ -10,7 +10,7 @@ import html
 import math
 import weakref
 from collections.abc import Iterator, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -55,6 +55,7 @@ class Gate:
         block_area: float32 `[R, C]` on the CPU, weight entries in each block (partial blocks have fewer).
         updates: how often the mask was written.
         normalised: whether, in a graph that has run, each output channel is normalised by itself, as batch norm does.
+        read_otherwise: whether, in a graph that has run, something reads the weight beside its gated layers.
     """
 
     @on_cpu
@@ -74,16 +75,17 @@ class Gate:
         self.block_area = heights[:, None] * widths[None, :] * math.prod(weight.shape[2:])
         self.active, self.updates = rows * columns, 0
         self.active_area, self.probed_area = float(weight.numel()), 0.0
-        self.normalised = False
+        self.normalised = self.read_otherwise = False
         self._entries = weight.numel()
         self._weight = weakref.ref(weight)
         self._optimizer: weakref.ref[torch.optim.Optimizer] | None = None
         self._version = weight._version  # of the weight's values, when masked blocks were last known to be zero
-        self._gradients = self._gated_gradients = 0  # accumulated into the weight and into signals since the last step
-        if weight.requires_grad:
-            self.signals.requires_grad_(True)
-            weight.register_post_accumulate_grad_hook(self._count_gradient)
-            self.signals.register_post_accumulate_grad_hook(self._count_gated_gradient)
+        self._computed: tuple[int, int] | None = None  # where the kernels' last gradient lies, and its version
+        self._gradients: set[bool] = set()  # that came since the last step: whether they were the kernels', all of them
+        self._masked = torch.empty(0, dtype=torch.int64)  # ids of masked blocks
+        self._looked_at = 0  # how many masked blocks have been
+        self._reports = False
+        self._report()
 
     @property
     def mask(self) -> Tensor:
@@ -116,17 +118,20 @@ class Gate:
         Blocks that go are zeroed in the weight, its gradient and its optimizer state; blocks that come start at zero.
         Call it after `optimizer.step()` and before the next forward pass, never between a forward and its backward.
 
-        Raises TypeError when the mask is not a boolean tensor, ValueError when its shape is not the grid's.
+        Raises TypeError when the mask is not a boolean tensor, ValueError when its shape is not the grid's or the
+        weight has moved to another device, RuntimeError when the Parameter is gone. Nothing is changed then.
         """
         self._check_mask(mask)
+        self.settle()
         mask = mask.cpu()
-        gone = self._mask & ~mask
+        masked = ~mask
+        gone = masked if self.signals.is_cuda else masked & self._mask  # there, see `_is_written_to`
         self._mask.copy_(mask)
+        self._masked = masked.view(-1).nonzero().flatten()
         index_lists.write_(self.lists, mask)
         self.active, self.updates = int(mask.sum()), self.updates + 1
         self.active_area = float(self.block_area[mask].sum()) if self.active else 0.0
         self.probe_(torch.empty(0, dtype=torch.int64))
-        self.settle()
         if bool(gone.any()):
             self._zero_blocks(gone)
             self._version = self.weight._version
@@ -164,7 +169,8 @@ class Gate:
     def settle(self) -> None:
         """Enforces the mask if anybody but the optimizer wrote to the weight (`load_state_dict`, say).
 
-        Raises ValueError when the weight has moved to another device since the gate was made.
+        Raises ValueError when the weight has moved to another device since the gate was made, RuntimeError when the
+        Parameter is gone.
         """
         if (here := self.signals.device) != (there := self.weight.device):
             raise ValueError(
@@ -173,6 +179,11 @@ class Gate:
             )
         if self._version != self.weight._version:
             self.enforce_()
+        self._report()
+
+    def computed(self, gradient: Tensor) -> None:
+        """Notes what the kernels computed as the weight's gradient, which is zero in masked blocks."""
+        self._computed = gradient.data_ptr(), gradient._version
 
     def owned_by(self, optimizer: torch.optim.Optimizer) -> None:
         """Remembers the optimizer that holds the weight's state, which goes with a block."""
@@ -182,13 +193,18 @@ class Gate:
         """Takes note of an optimizer's step: it owns the weight's state, and masked blocks are zero after it.
 
         keeps_zero: a step of this optimizer leaves an entry zero whose weight, gradient and state are zero. Even so,
-        blocks are zeroed where a gradient came without signals: it was dense, from outside the compiled graph.
+        blocks are zeroed where a gradient was not the kernels' alone: a penalty on the weights that is not part of the
+        compiled graph, say, or another reader of the weight that is. And where a masked block, another one in each
+        step, is found written to: through `weight.data`, or into the gradient before the step.
         """
         self.owned_by(optimizer)
-        if not (keeps_zero and self._gradients == self._gated_gradients > 0):
+        if self.active < self._mask.numel() and (
+            not keeps_zero or self.read_otherwise or self._gradients != {True} or self._is_written_to()
+        ):
             self.enforce_()
         self._version = self.weight._version
-        self._gradients = self._gated_gradients = 0
+        self._gradients.clear()
+        self._computed = None
 
     @property
     def trained(self) -> bool:
@@ -236,11 +252,32 @@ class Gate:
             f"{self.active} of {rows} x {columns} blocks active, density={self.density:.3f})"
         )
 
-    def _count_gradient(self, _: Tensor) -> None:
-        self._gradients += 1
+    def _report(self) -> None:
+        """Has backward report signals and gradients from when the weight is trained."""
+        if self._reports or not self.weight.requires_grad:
+            return
+        self._reports = True
+        self.signals.requires_grad_(True)
+        self.weight.register_hook(self._note_gradient)
 
-    def _count_gated_gradient(self, _: Tensor) -> None:
-        self._gated_gradients += 1
+    def _note_gradient(self, gradient: Tensor) -> None:
+        # Autograd adds what comes from elsewhere to a copy, or in place, which raises the version.
+        self._gradients.add(self._computed == (gradient.data_ptr(), gradient._version))
+        self._computed = None
+
+    @torch.no_grad()
+    def _is_written_to(self) -> bool:
+        """Whether a masked block, the next in turn, is not zero.
+
+        False on a GPU, which one would have to wait for; there `update_` zeroes all masked blocks.
+        """
+        if self.signals.is_cuda:
+            return False
+        self._looked_at += 1
+        one = int(self._masked[self._looked_at % len(self._masked)])
+        (down, across), (row, column) = self.block, divmod(one, self.grid[1])
+        block = self.weight[row * down : (row + 1) * down, column * across : (column + 1) * across]
+        return bool(block.any())
 
     def _check_mask(self, mask: Tensor) -> None:
         if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
@@ -327,31 +364,39 @@ def gates(
         include, exclude: shell-style patterns of names.
 
     Raises:
-        ValueError: the block does not fit a linear's weight, or differs from the block a weight was gated with before.
+        TypeError: `exclude` is no list of patterns.
+        ValueError: the block does not fit a linear's weight, or differs from the block a weight was gated with before;
+            no gate is made then.
 
     >>> gates = cc.gates(model, block=(32, 32))  # doctest: +SKIP
     >>> gates["fc1.weight"].update_(torch.rand(gates["fc1.weight"].grid) < 0.5)  # doctest: +SKIP
     """
     model = plain(model)
-    block = parse_block(block)
-    found: dict[str, Gate] = {}
+    block, exclude = parse_block(block), parse_patterns("exclude", exclude)
+    chosen: dict[Tensor, tuple[str, Block | None]] = {}  # with the block of a gate yet to be made
     for name, module, weight in _weights(model):
-        if not fnmatch.fnmatch(name, include) or name_excluded(name, exclude):
+        if not fnmatch.fnmatch(name, include) or name_excluded(name, exclude) or weight in chosen:
             continue
         gate = registry.get(weight)
-        if any(gate is other for other in found.values()):
-            continue
+        wanted: Block | None = None
         if gate is None:
             wanted = resolve_block(block, weight)
             if _shared_with_other_kind(model, weight):
                 registry.refuse(weight, "shared with a module that is neither a linear nor a convolution")
+            untrained = weight.is_inference()  # made in inference mode, for good
             small = block == "auto" and too_small(weight.shape, wanted)
-            if registry.refusal(weight) or small or no_room(weight.shape, wanted, getattr(module, "groups", None)):
+            groups = getattr(module, "groups", None)
+            if registry.refusal(weight) or untrained or small or no_room(weight.shape, wanted, groups):
                 continue
-            gate = registry.get_or_create(weight, wanted, name)
-        gate.check_is_in(block)
-        gate.name = name
-        found[name] = gate
+            check_block(wanted, weight.shape, name)
+        else:
+            gate.check_is_in(block)
+        chosen[weight] = name, wanted
+    found: dict[str, Gate] = {}
+    for weight, (name, wanted) in chosen.items():  # nothing is made before all is checked
+        gate = registry.get(weight) if wanted is None else registry.get_or_create(weight, wanted, name)
+        assert gate is not None
+        gate.name, found[name] = name, gate
     return found
 
 
@@ -369,6 +414,13 @@ def plain(model: nn.Module) -> nn.Module:
     if not isinstance(model, nn.Module):
         raise TypeError(f"expected a torch.nn.Module, plain or compiled; got {type(model).__name__}")
     return getattr(model, "_orig_mod", model)
+
+
+def parse_patterns(name: str, patterns: Any) -> tuple[str, ...]:
+    """Shell-style patterns of Parameter names, as the argument `name` has them. Raises TypeError for anything else."""
+    if not isinstance(patterns, (list, tuple)) or not all(isinstance(pattern, str) for pattern in patterns):
+        raise TypeError(f"{name} is a list of name patterns such as ['*.head.weight']; got {patterns!r}")
+    return tuple(patterns)
 
 
 def name_excluded(name: str, patterns: Sequence[str]) -> str | None:

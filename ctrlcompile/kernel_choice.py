@@ -244,7 +244,7 @@ def _crossover(
 
 
 def _give_up(types: Types, error: KernelBuildError) -> str:
-    if not _broken:
+    if not any(reason.endswith(str(error)) for reason in _broken.values()):
         warnings.warn(f"ctrlcompile computes gated layers densely: {error}", RuntimeWarning, stacklevel=3)
     _working.discard(types)
     _broken[types] = f"kernel not built: {error}"

@@ -20,6 +20,7 @@ from ctrlcompile.passes.layer_nodes import (
     is_layer,
     is_matmul,
     is_weight_of,
+    note_transforms,
     obstacle,
     operands,
     window_of,
@@ -34,12 +35,15 @@ COMPUTED = "its weight is computed in the graph (a parametrization, say), not a 
 class Weight:
     """A Parameter that layers of this region read: its argument position, and why it gets no gate by itself.
 
-    `transposed` says of a gate yet to be made that all of these layers are matmuls.
+    `transposed` says of a gate yet to be made that all of these layers are matmuls; `read_otherwise` that something
+    else reads the Parameter, too; `excluded` that no gate of it counts here, whoever made it.
     """
 
     position: int
     name: str
     transposed: bool
+    read_otherwise: bool
+    excluded: bool
     reason: str | None
 
 
@@ -89,6 +93,8 @@ def find_layers(
     """
     position = {node: i for i, node in enumerate(gm.graph.find_nodes(op="placeholder"))}
     everywhere = scopes(gm)
+    for scope in everywhere:
+        note_transforms(scope.gm.graph)
     weights: list[Weight] = []
     index_of: dict[fx.Node, int] = {}
     layers: list[Layer] = []
@@ -124,10 +130,12 @@ def _weight(
 ) -> Weight:
     users, name = list(uses(node, everywhere)), _parameter_name(node)
     readers = [user for user, known in users if is_weight_of(known, user)]
-    if len(readers) < len(users):
+    read_otherwise = len(readers) < len(users)
+    if read_otherwise:
         registry.refuse(parameter, "shared with another kind of layer, such as an embedding")
+    excluded = name_excluded(name, options.exclude) is not None
     reason = _why_dense(parameter, name, x_dtype, options, readers)
-    return Weight(position, name, all(map(is_matmul, readers)), reason)
+    return Weight(position, name, all(map(is_matmul, readers)), read_otherwise, excluded, reason)
 
 
 def _why_dense(
@@ -136,6 +144,8 @@ def _why_dense(
     """Why a weight that these layers read gets no gate of the backend's own accord; None: it gets one."""
     if (refusal := registry.refusal(parameter)) is not None:
         return refusal
+    if parameter.is_inference():
+        return "made in inference mode, where nothing can be trained"
     if (reason := next(filter(None, map(obstacle, readers)), None)) is not None:
         return reason
     if (pattern := name_excluded(name, options.exclude)) is not None:

@@ -59,7 +59,7 @@ def _linear_wgrad(
     _check_rows(x, weight.shape[1], weight)
     if grad.numel() // grad.shape[-1] != x.numel() // x.shape[-1]:
         raise ValueError(f"grad of shape {tuple(grad.shape)} and x of shape {tuple(x.shape)} have unequal rows")
-    return kernel_choice.wgrad(_rows(grad), _rows(x), weight, lists, probes, block)
+    return _noted(lists, kernel_choice.wgrad(_rows(grad), _rows(x), weight, lists, probes, block))
 
 
 # With a weight stored [in, out] a linear's kernels change parts: `x @ weight` is what dgrad computes of a gradient, and
@@ -122,7 +122,9 @@ def _conv_wgrad(
     lists, block, window = _lists(tensors, weight, (block_out, block_in)), (block_out, block_in), Window.of(*moves)
     _check_gradient(grad, x.shape, weight, window)
     _check_groups(weight, block, window)
-    return kernel_choice.wgrad(channels_last(grad), channels_last(x), weight, lists, probes, block, window)
+    return _noted(
+        lists, kernel_choice.wgrad(channels_last(grad), channels_last(x), weight, lists, probes, block, window)
+    )
 
 
 def activation_backward(grad: Tensor, z: Tensor, activation: str, channels: int) -> tuple[Tensor, Tensor]:
@@ -271,6 +273,14 @@ def _lists(tensors: Sequence[Tensor], weight: Tensor, block: tuple[int, int]) ->
                 f"blocks of {block}; got {tensor.dtype} of shape {tuple(tensor.shape)}"
             )
     return lists
+
+
+def _noted(lists: BlockLists, result: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """A weight gradient with its signals, which the gate of these lists is told of."""
+    gate = registry.with_lists(lists.crow_indices)
+    if gate is not None:
+        gate.computed(result[0])
+    return result
 
 
 def _rows(x: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from ctrlcompile.blocks import Block, BlockChoice, parse_block
 from ctrlcompile.controller.budget import Budget
+from ctrlcompile.gate import parse_patterns
 from ctrlcompile.respecialize import Mode, check_mode
 from ctrlcompile.run_log import check_folder
 
@@ -59,10 +60,6 @@ def parse(options: Mapping[str, Any] | None) -> Options:
         if budget is None:
             raise ValueError("total_steps says how long a budget has to last; give options={'budget': ..., ...} too")
     block: BlockChoice = given.get("block", "auto")
-    exclude = given.get("exclude", ())
-    patterns = isinstance(exclude, (list, tuple)) and all(isinstance(pattern, str) for pattern in exclude)
-    if not patterns:
-        raise TypeError(f"exclude is a list of name patterns such as ['*.head.weight']; got {exclude!r}")
     strict = given.get("strict", False)
     if not isinstance(strict, bool):
         raise TypeError(f"strict is True or False; got {strict!r}")
@@ -73,7 +70,7 @@ def parse(options: Mapping[str, Any] | None) -> Options:
         budget=None if budget is None else Budget.of(budget),
         total_steps=total_steps,
         block=parse_block(block),
-        exclude=tuple(exclude),
+        exclude=parse_patterns("exclude", given.get("exclude", ())),
         strict=strict,
         log=None if log is None else check_folder(log),
         respecialize=check_mode(given.get("respecialize", "auto")),

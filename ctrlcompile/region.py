@@ -6,6 +6,7 @@ was compiled for (other blocks, other layers), another lowering is built and kep
 """
 
 import contextlib
+import functools
 import logging
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -38,11 +39,13 @@ Division = tuple[Block | None, ...]  # the block of each weight of a region, Non
 class Variant:
     """One lowering: the compiled graph, and which gates and kinds of heads it takes after Dynamo's arguments.
 
-    For people: what each pass changed, and the activation that a gated layer computes, by its node.
+    `read_otherwise` are those of the gates whose weights something else in the graph reads, too. For people: what each
+    pass changed, and the activation that a gated layer computes, by its node.
     """
 
     run: Callable[..., Any]
     gated: tuple[int, ...]
+    read_otherwise: tuple[int, ...]
     heads: HeadKinds | None
     changes: tuple[Change, ...]
     activations: dict[str, str]
@@ -80,6 +83,8 @@ class Region:
         symbols, self._size_positions = cost.symbols_of(gm)
         products, attentions = tuple(layer.product for layer in self.layers), cost.attention_flops(gm)
         self._cost = cost.RegionCost(cost.region_flops(gm), products, symbols, attentions)
+        if options.budget is not None and self._cost.uncounted:
+            _tell_of_uncounted()
         self._couplings: dict[Division, Coupling | None] = {}
         gates = self._gates(example_inputs)
         self._variants: dict[Any, Variant] = {_division(gates): self._build(gates, example_inputs)}
@@ -97,9 +102,13 @@ class Region:
                 if layer.normalised and gate is not None and layer.transposed == gate.transposed:
                     gate.normalised = True
             bound = self._bind(args)
-            cost.meter.record(bound, gated, self._coupled(gates), bound.skipped(kinds.live_shares))
+            skipped = bound.skipped(kinds.live_shares)
+            cost.meter.record(bound, gated, self._coupled(gates), skipped, self.options.budget is not None)
             for log in tuple(run_log.graphless):
                 log.see(variant.changes[-1].outlines[1], self.gates_by_node(gates))
+        for index in variant.read_otherwise:
+            if (gate := gates[index]) is not None:
+                gate.read_otherwise = True
         inputs: list[Tensor] = []
         for index in variant.gated:
             gate = gates[index]
@@ -113,7 +122,7 @@ class Region:
         gates = []
         for weight in self.weights:
             parameter = args[weight.position]
-            gate = registry.get(parameter)
+            gate = None if weight.excluded else registry.get(parameter)
             if gate is None and weight.reason is None and registry.refusal(parameter) is None:
                 gate = registry.get_or_create(parameter, self.options.block, weight.name, weight.transposed)
             if gate is not None:
@@ -140,8 +149,9 @@ class Region:
         division = _division(gates)
         if division not in self._couplings:
             pairs = list(zip(self.layers, self.gates_by_layer(gates), strict=True))
-            # A weight may have a gate for some uses only, or be read both as [out, in] and as [in, out].
-            dense = {layer.weight for layer, gate in pairs if gate is None or layer.transposed != gate.transposed}
+            # A weight may be read both as [out, in] and as [in, out].
+            dense = self._read_densely(gates)
+            dense |= {layer.weight for layer, gate in pairs if gate and layer.transposed != gate.transposed}
             gated = {
                 layer.node: (layer.weight, gate.block)
                 for layer, gate in pairs
@@ -160,6 +170,11 @@ class Region:
         coupling = self._couplings[division]
         return None if coupling is None else (coupling, tuple(gates[: len(coupling.rows)]))
 
+    def _read_densely(self, gates: Sequence[Gate | None]) -> set[int | None]:
+        """The weights that a layer without a gate reads: one may have room for the gate's blocks and another not."""
+        pairs = zip(self.layers, self.gates_by_layer(gates), strict=True)
+        return {layer.weight for layer, gate in pairs if gate is None}
+
     def _bind(self, args: Sequence[Any]) -> cost.BoundCost:
         return self._cost.bind(tuple(int(args[position]) for position in self._size_positions))
 
@@ -172,13 +187,15 @@ class Region:
         gm, changes = run(gm, args, passes_for(blocks, that_may_rest(coupled and coupled[0])))
         by_position = {weight.position: index for index, weight in enumerate(self.weights)}
         gated = tuple(by_position[position] for position in gm.meta["gated_weights"])
+        densely = self._read_densely(gates)
+        otherwise = tuple(i for i in gated if i in densely or self.weights[i].read_otherwise)
         attentions = gm.meta["skipped_heads"]
         heads = HeadKinds(coupled[0], attentions) if coupled and attentions else None
         tensors = [tensor for index in gated if (gate := gates[index]) is not None for tensor in gate.inputs]
         extra = _examples([*tensors, *(heads.under(gates).inputs if heads else ())], late)
         nodes = [node for scope in scopes(gm) for node in scope.gm.graph.nodes if "layer" in node.meta]
         activations = {node.meta["layer"]: ops.activation_of(node) or "none" for node in nodes}
-        return Variant(self._lower(gm, [*args, *extra], late), gated, heads, changes, activations)
+        return Variant(self._lower(gm, [*args, *extra], late), gated, otherwise, heads, changes, activations)
 
     def _late_variant(self, gates: Sequence[Gate | None], args: Sequence[Any]) -> Variant:
         key = (_division(gates), tuple(tuple(arg.shape) if isinstance(arg, Tensor) else arg for arg in args))
@@ -211,6 +228,16 @@ def watch(*, gated: bool = True) -> Iterator[list[Visit]]:
         yield visits
     finally:
         _watcher.visits, _watcher.gated = None, True
+
+
+@functools.cache
+def _tell_of_uncounted() -> None:
+    warnings.warn(
+        "ctrlcompile leaves out of its budget what is computed with sizes that depend on values in the same graph "
+        "(capture_dynamic_output_shape_ops)",
+        RuntimeWarning,
+        stacklevel=2,
+    )
 
 
 def _examples(tensors: list[Tensor], late: bool) -> list[Tensor]:

@@ -43,14 +43,23 @@ class KernelBuildError(RuntimeError):
 def load(name: str, source: str, flags: tuple[str, ...]) -> ctypes.CDLL:
     """The library of `source` (C++), from the cache or compiled now with `flags` added to the usual ones.
 
-    `name` begins its file name. Raises KernelBuildError when there is no compiler or it refuses the source.
+    `name` begins its file name. Raises KernelBuildError when there is no compiler, it refuses the source, or what it
+    made cannot be kept.
     """
     program = compiler()
     command = (*program, "-std=c++17", "-O3", "-fPIC", "-shared", "-fopenmp", *_openmp(), *flags)
     key = hashlib.sha256("\0".join((*command, _version(program), source)).encode()).hexdigest()[:16]
     path = cache_folder() / f"{name}_{key}.so"
     if not _intact(path):
-        path = _compile(path, source, command)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)  # it may have been cleared since
+            path = _compile(path, source, command)
+        except OSError as error:
+            raise KernelBuildError(
+                f"the compiled kernel {path.name} cannot be kept",
+                str(error),
+                "Make room there, or set CTRLCOMPILE_CACHE_DIR to a folder that can be written",
+            ) from error
     try:
         return ctypes.CDLL(str(path))
     except OSError as error:

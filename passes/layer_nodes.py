@@ -9,10 +9,12 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
 from ctrlcompile.kernels.window import Window
 from ctrlcompile.passes.graph_edit import argument
 
+TRANSFORMED = "transformed"  # in the meta of a node that torch.func transforms
 LINEAR = (torch.nn.functional.linear, torch._C._nn.linear)
 CONV = (torch.conv1d, torch.conv2d, torch.conv3d)
 TRANSPOSED = (torch.conv_transpose1d, torch.conv_transpose2d, torch.conv_transpose3d)
@@ -63,11 +65,30 @@ def is_weight_of(node: fx.Node, user: fx.Node) -> bool:
     return is_layer(user) and [value is node for value in operands(user)] == [False, True, False]
 
 
+def note_transforms(graph: fx.Graph) -> None:
+    """Marks the nodes that `torch.func` transforms (`vmap`, `grad`, `jvp`), which stand between calls that say so."""
+    level = 0
+    for node in graph.nodes:
+        name = getattr(node.target, "__name__", "")
+        level += name.endswith("_increment_nesting") - name.endswith("_decrement_nesting")
+        node.meta[TRANSFORMED] = level > 0
+
+
 def obstacle(node: fx.Node) -> str | None:
     """Why a layer cannot be gated whatever its weight, in a user's words, or None."""
     if node.target in TRANSPOSED:
         return "transposed convolutions are not gated"
-    x, weight, _ = operands(node)
+    if node.meta.get(TRANSFORMED):
+        return "inside a transformation of torch.func, such as vmap"
+    x, weight, bias = operands(node)
+    if free_unbacked_symbols(x.meta["example_value"]):
+        return "the size of its input depends on values in the same graph"
+    if (
+        bias is not None
+        and not is_matmul(node)
+        and bias.meta["example_value"].shape != weight.meta["example_value"].shape[:1]
+    ):
+        return "its bias has not one entry per output"
     if is_conv(node):
         if x.meta["example_value"].dim() != weight.meta["example_value"].dim():
             return "its input has no batch dimension"

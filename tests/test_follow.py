@@ -97,6 +97,50 @@ def test_a_weight_that_no_optimizer_steps_stays_whole():
     assert pruned.density < 0.5
 
 
+def test_layers_that_come_after_the_first_step_are_told_of_once():
+    model = MLP(64, 96, 64)
+    model.fc1.requires_grad_(False)
+    optimizer = torch.optim.AdamW(model.parameters())
+    run = torch.compile(model, backend="ctrlprune", options={"budget": 0.8, "total_steps": 50, "block": 8})
+    step(run, optimizer)
+    model.fc1.requires_grad_(True)
+    with pytest.warns(RuntimeWarning, match=r"trains fc1\.weight densely, at the other layers' expense"):
+        step(run, optimizer)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        step(run, optimizer)
+
+
+def test_a_budget_beside_a_controller_in_the_open_is_told_of():
+    model = MLP(64, 96, 64)
+    optimizer = torch.optim.AdamW(model.parameters())
+    controller = cc.Controller(model, budget=0.875, optimizer=optimizer, block=8)
+    run = torch.compile(model, backend="ctrlprune", options={"budget": 0.75, "block": 8})
+    with pytest.warns(RuntimeWarning, match=r"ignores the option budget=0\.75: .* on a budget of 0\.875"):
+        step(run, optimizer)
+    controller.step()
+    assert controller.steps == 1
+
+
+def test_controller_of_says_what_it_takes():
+    with pytest.raises(TypeError, match="controller_of takes the optimizer that trains the model; got Linear"):
+        cc.controller_of(torch.nn.Linear(4, 4))
+
+
+def test_a_model_without_a_budget_leaves_nothing_behind_after_one_with():
+    other = MLP(64, 96, 64)
+    optimizer = torch.optim.AdamW(other.parameters())
+    step(torch.compile(other, backend="ctrlprune", options={"budget": 0.7, "block": 8}), optimizer)
+    model = MLP(64, 96, 64)
+    run = torch.compile(model, backend="ctrlprune", options={"block": 8})
+    step(run, torch.optim.AdamW(model.parameters()))
+    gates = [weakref.ref(gate) for gate in cc.gates(model).values()]
+    del model, run
+    torch._dynamo.reset()
+    gc.collect()
+    assert [gate() for gate in gates] == [None, None]
+
+
 def test_without_a_budget_no_controller_runs():
     model = MLP(64, 96, 64)
     optimizer = torch.optim.AdamW(model.parameters())

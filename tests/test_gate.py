@@ -35,6 +35,43 @@ def test_lists_density_and_areas_follow_the_mask_in_place():
     assert float(gate.block_area.sum()) == linear.weight.numel()
 
 
+def test_what_a_frozen_weight_was_gated_with_reports_once_it_is_trained():
+    model = MLP(64, 96, 64)
+    model.requires_grad_(False)
+    gates = cc.gates(model, 8)
+    model.requires_grad_(True)
+    run = torch.compile(model, backend="ctrlprune")
+    run(torch.randn(16, 64)).square().mean().backward()
+    for gate in gates.values():
+        assert gate.signals.grad is not None
+        assert gate.signals.grad.any()
+
+
+def test_blocks_that_do_not_fit_everywhere_leave_no_gate_behind():
+    model = nn.Sequential(nn.Linear(128, 128), nn.Linear(128, 10))
+    with pytest.raises(ValueError, match=r"1\.weight: a block of \(64, 64\) is larger"):
+        cc.gates(model, 64)
+    assert {gate.block for gate in cc.gates(model, 8).values()} == {(8, 8)}
+
+
+def test_a_pattern_alone_is_refused_where_a_list_is_asked_for():
+    with pytest.raises(TypeError, match=r"exclude is a list of name patterns such as .*; got '\*\.head\.weight'"):
+        cc.gates(nn.Linear(64, 64), exclude="*.head.weight")
+
+
+def test_a_mask_for_a_parameter_that_is_gone_or_has_moved_changes_nothing(monkeypatch):
+    linear, gate = make_gate()
+    with monkeypatch.context() as patch:
+        patch.setattr(gate, "signals", gate.signals.to("meta"))
+        with pytest.raises(ValueError, match="was made while its weight was on meta; now it is on cpu"):
+            gate.update_(random_mask(gate.grid))
+    del linear
+    with pytest.raises(RuntimeError, match="no longer exists"):
+        gate.update_(random_mask(gate.grid))
+    assert gate.density == 1 == float(gate.mask.float().mean())
+    assert torch.equal(mask_of(gate.lists), gate.mask)
+
+
 def test_blocks_that_go_are_zero_at_once_and_others_are_untouched():
     linear, gate = make_gate()
     linear(torch.randn(5, 40)).square().sum().backward()

@@ -164,6 +164,78 @@ def test_a_step_on_both_compiled_and_eager_gradients_leaves_masked_blocks_zero()
         assert not optimizer.state[gate.weight]["exp_avg"][gone].any()
 
 
+class Tied(nn.Module):
+    """An autoencoder whose decoder reads the encoder's weight."""
+
+    def __init__(self):
+        super().__init__()
+        self.encoder = nn.Linear(40, 68)
+
+    def forward(self, x):
+        return F.linear(torch.relu(self.encoder(x)), self.encoder.weight.t()) - x
+
+
+def pull(model):
+    return sum((parameter - 1).square().sum() for parameter in model.parameters())
+
+
+def add_noise(model):
+    for parameter in model.parameters():
+        parameter.grad += torch.randn_like(parameter.grad)
+
+
+def overwrite(model):
+    for parameter in model.parameters():
+        parameter.data.copy_(torch.randn_like(parameter))
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+@pytest.mark.parametrize(
+    ("make", "penalty", "meddle"),
+    [(Tied, None, None), (MLP, pull, None), (MLP, None, add_noise), (MLP, None, overwrite)],
+    ids=["another reader in the graph", "a penalty outside the graph", "noise on the gradient", "written as data"],
+)
+def test_masked_blocks_are_zero_after_a_step_whatever_else_writes_or_trains_the_weight(make, penalty, meddle, momentum):
+    model = make()
+    gates = cc.gates(model, 8)
+    prune_(gates.values())
+    compiled = torch.compile(model, backend="ctrlprune")
+    optimizer = torch.optim.SGD(model.parameters(), 0.01, momentum=momentum)
+    x = torch.randn(16, 40)
+    for _ in range(3):
+        optimizer.zero_grad()
+        loss = compiled(x).square().mean()
+        (loss if penalty is None else loss + penalty(model)).backward()
+        if meddle is not None:
+            meddle(model)
+        optimizer.step()
+        for gate in gates.values():
+            assert_zero_where_masked(gate, optimizer)
+        torch.testing.assert_close(compiled(x), model(x), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("half", [False, True])
+def test_an_ordinary_step_does_not_walk_over_masked_blocks(half, monkeypatch):
+    model = MLP()
+    gates = cc.gates(model, 8)
+    prune_(gates.values())
+    compiled = torch.compile(model, backend="ctrlprune")
+    optimizer = torch.optim.AdamW(model.parameters(), 0.01)
+    walks = []
+    monkeypatch.setattr(cc.Gate, "enforce_", walks.append)
+    for _ in range(3):
+        optimizer.zero_grad()
+        for _ in range(2):
+            with torch.autocast("cpu", torch.bfloat16, enabled=half):
+                loss = compiled(torch.randn(16, 40)).square().mean()
+            loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 0.1)
+        optimizer.step()
+    assert not walks
+    for gate in gates.values():
+        assert_zero_where_masked(gate, optimizer)
+
+
 def test_the_plain_state_dict_in_the_plain_model_gives_the_same_outputs():
     model = MLP()
     model.compile(backend="ctrlprune", options=OPTIONS)

@@ -78,7 +78,7 @@ def load(controller: Controller, state: Mapping[str, Any]) -> None:
     c._lattice.load(state["coupling"])
     c._inbox.collect()
     c._prober.hand_out(every=True)
-    c._left_at = c._densities()
+    c._left_at = c._updates()
 
 
 def identity(c: Controller) -> dict[str, Any]:

@@ -53,6 +53,8 @@ class Gate(Protocol):
     @property
     def density(self) -> float: ...
     @property
+    def updates(self) -> int: ...  # how often the mask was written
+    @property
     def trained(self) -> bool: ...  # whether an optimizer steps the weight; if none does, its blocks stay
     @property
     def normalised(self) -> bool: ...  # whether each output channel is normalised by itself, as batch norm does

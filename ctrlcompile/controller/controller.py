@@ -115,7 +115,7 @@ class Controller:
         self._exchange = Exchange()
         self._decided = 0  # step of the last decision
         self._prober = Prober(self._list, self._layout)
-        self._left_at = self._densities()
+        self._left_at = self._updates()
 
     # ---------------------------------------------------------------- what users read
 
@@ -184,7 +184,7 @@ class Controller:
         """Takes in the optimizer step that has just run, and decides when a decision is due."""
         self.steps += 1
         left = None if self.total_steps is None else self.total_steps - self.steps
-        if self._densities() != self._left_at:  # the user has switched blocks, and their gates' probes were not made
+        if self._updates() != self._left_at:  # the user has switched blocks, and their gates' probes were not made
             self._prober.stop()
             self._next = self.steps
         self._measure()
@@ -197,7 +197,7 @@ class Controller:
         elif self.steps >= self._next and self._ledger.gated and (left is None or left > 0):
             self._decide(left)
         self._prober.hand_out()
-        self._left_at = self._densities()
+        self._left_at = self._updates()
 
     def _measure(self) -> None:
         cost = self.meter()
@@ -381,8 +381,8 @@ class Controller:
         densities: list[float] = (floor / self._layout.lengths).tolist()
         return densities
 
-    def _densities(self) -> list[float]:
-        return [gate.density for gate in self._list]
+    def _updates(self) -> list[int]:
+        return [gate.updates for gate in self._list]
 
     def _masks(self) -> Tensor:
         return torch.cat([gate.mask.flatten() for gate in self._list])

@@ -37,6 +37,7 @@ class FakeGate:
         self.weight = weight
         self.trained, self.normalised, self.transposed = True, False, False
         self.active_area, self.probed_area = 1.0, 0.0  # shares of the weight
+        self.updates = 0
 
     @property
     def mask(self) -> Tensor:
@@ -49,6 +50,7 @@ class FakeGate:
     def update_(self, mask: Tensor) -> None:
         assert mask.shape == self._mask.shape
         assert mask.dtype == torch.bool
+        self.updates += 1
         self.switches += mask ^ self._mask
         self._mask.copy_(mask)
         self.probe_(self.probes[:0])

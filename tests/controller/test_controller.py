@@ -264,6 +264,18 @@ def test_blocks_switched_by_the_user_in_the_middle_of_a_run_do_no_harm():
     assert share(controller) == pytest.approx(0.4, rel=0.01)
 
 
+def test_blocks_that_the_user_swaps_one_for_one_are_noticed():
+    plant = Plant(SHAPES, seed=fresh_seed())
+    controller = Controller(plant.gates, plant.meter, 0.4, 300)
+    run(plant, controller, 150)
+    for _ in range(150):
+        for gate in plant.gates.values():
+            gate.update_(gate.mask.flatten()[torch.randperm(gate.mask.numel())].view(gate.grid))
+        run(plant, controller, 1)
+        assert all(not (gate.probed() & gate.mask).any() for gate in plant.gates.values())
+    assert share(controller) == pytest.approx(0.4, rel=0.01)
+
+
 def test_what_a_thin_model_leaves_unspent_is_spent_on_finding_blocks_to_bring_back_however_late():
     plant = Plant(SHAPES, seed=fresh_seed())
     controller = Controller(plant.gates, plant.meter, 0.8, 400)

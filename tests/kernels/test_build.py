@@ -74,6 +74,23 @@ def test_a_damaged_library_is_built_anew(folder, damage, tmp_path):
     assert answer(library, tmp_path) == 42
 
 
+def test_a_folder_that_was_removed_since_is_made_anew(folder):
+    build.load("probe", SOURCE, ())
+    shutil.rmtree(folder)
+    assert build.load("probe", SOURCE.replace("42", "44"), ()).answer() == 44
+
+
+def test_what_cannot_be_kept_is_a_build_error(folder, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "replace", full)
+    with pytest.raises(
+        build.KernelBuildError, match=r"cannot be kept: .*No space left on device.*CTRLCOMPILE_CACHE_DIR"
+    ):
+        build.load("probe", SOURCE, ())
+
+
 def test_several_processes_may_build_at_once(folder):
     code = f"""if True:
         import importlib.util  # this file alone: the whole package takes seconds to import
