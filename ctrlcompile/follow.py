@@ -33,17 +33,20 @@ KEEP_ZERO: tuple[type[torch.optim.Optimizer], ...] = (
 
 _wanted: weakref.WeakKeyDictionary[Gate, Options] = weakref.WeakKeyDictionary()
 _in_the_open: weakref.WeakKeyDictionary[Gate, weakref.ref[Controller]] = weakref.WeakKeyDictionary()
-_runs: weakref.WeakKeyDictionary[torch.optim.Optimizer, list["_Run"]] = weakref.WeakKeyDictionary()
 _told_of: weakref.WeakSet[Gate] = weakref.WeakSet()
 _ran: set[bool] = set()  # since the last optimizer step, graphs with a budget: with a gate, without one
 
 
 class _Run:
-    """A controller of the one-line form, and the optimizers that have stepped its gates in this round."""
+    """A controller of the one-line form, and the optimizers that have stepped its gates in this round.
+
+    It lives as long as its gates do, which hold it: another optimizer may take the run over.
+    """
 
     def __init__(self, controller: Controller) -> None:
         self.controller = controller
-        self.owned = set(controller.gates.values())
+        for gate in controller.gates.values():
+            gate.run = self
         self._stepped: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
 
     def stepped_by(self, optimizer: torch.optim.Optimizer) -> None:
@@ -80,7 +83,7 @@ def controller_of(optimizer: torch.optim.Optimizer) -> Controller | None:
     """
     if not hasattr(optimizer, "param_groups"):
         raise TypeError(f"controller_of takes the optimizer that trains the model; got {type(optimizer).__name__}")
-    runs = _joined(_gates(optimizer))
+    runs = _runs(_gates(optimizer))
     return runs[0].controller if runs else None
 
 
@@ -111,13 +114,10 @@ def _after_step(optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs:
     keeps_zero = type(optimizer) in KEEP_ZERO
     for gate in gates:
         gate.stepped_by(optimizer, keeps_zero=keeps_zero)
-    if optimizer not in _runs and any(gate in _wanted for gate in gates):
-        _runs[optimizer] = [*_joined(gates), *_started(gates)]
-    runs = _runs.get(optimizer, ())
-    late = [gate for gate in gates if gate in _wanted and not any(gate in run.owned for run in runs)] if runs else []
-    if late:
-        _warn_late(late)
-    for run in runs:
+    newcomers = [gate for gate in gates if gate.run is None and gate in _wanted]
+    if newcomers:
+        _start(newcomers, max((run.controller.steps for run in _runs(gates)), default=0))
+    for run in _runs(gates):
         run.stepped_by(optimizer)
     for gate, outcome in respecialize.at_boundary(gates, lambda gate: _steps_left(gate, optimizer)):
         controller = _controller(gate, optimizer)
@@ -130,7 +130,7 @@ def _controller(gate: Gate, optimizer: torch.optim.Optimizer) -> Controller | No
     """That of the run which a gate is part of."""
     reference = _in_the_open.get(gate)
     own = None if reference is None else reference()
-    return own or next((run.controller for run in _runs.get(optimizer, ()) if gate in run.owned), None)
+    return own or (None if gate.run is None else gate.run.controller)
 
 
 def _steps_left(gate: Gate, optimizer: torch.optim.Optimizer) -> int | None:
@@ -139,29 +139,29 @@ def _steps_left(gate: Gate, optimizer: torch.optim.Optimizer) -> int | None:
     return None if controller is None or controller.total_steps is None else controller.total_steps - controller.steps
 
 
-def _joined(gates: list[Gate]) -> list[_Run]:
-    """The runs, begun with another optimizer's first step, that control some of these gates."""
-    known = {id(run): run for runs in _runs.values() for run in runs}
-    return [run for run in known.values() if not run.owned.isdisjoint(gates)]
+def _runs(gates: list[Gate]) -> list[_Run]:
+    """Those that control some of these gates."""
+    return list(dict.fromkeys(gate.run for gate in gates if gate.run is not None))
 
 
-def _started(gates: list[Gate]) -> list[_Run]:
-    """New runs for those of these gates that no run controls yet, and for those in the same graphs."""
-    controlled = {gate for runs in _runs.values() for run in runs for gate in run.owned}
+def _start(newcomers: list[Gate], done: int) -> None:
+    """Begins runs for gates without one, and for those in the same graphs, after so many steps of their optimizer."""
+    together = meter.together(newcomers)
+    if any(gate.run is not None for gate in together):  # a second controller of one graph would not divide, but haggle
+        _warn_late(newcomers)
+        return
     groups: dict[Options, dict[str, Gate]] = {}
-    for gate in meter.together(gates):
-        if gate not in controlled and (options := _wanted.get(gate)) is not None:
+    for gate in together:
+        if (options := _wanted.get(gate)) is not None:
             named = groups.setdefault(options, {})
             named[gate.name if gate.name not in named else f"{gate.name}#{len(named)}"] = gate
-    runs = []
     for options, named in groups.items():
         assert options.budget is not None
-        counter = meter.counter(named.values())
-        controller = Controller(named, counter, options.budget, options.total_steps, driven=True)
-        controller.log = run_log.start(options.log, controller)
-        runs.append(_Run(controller))
+        left = None if options.total_steps is None else max(1, options.total_steps - done)
+        controller = Controller(named, meter.counter(named.values()), options.budget, left, driven=True)
+        controller.log = None if done else run_log.start(options.log, controller)  # a log is of one controller
+        _Run(controller)
         logger.info("a controller drives %d gates", len(named))
-    return runs
 
 
 @functools.cache
@@ -181,7 +181,7 @@ def _warn_late(late: list[Gate]) -> None:
     if new:
         warnings.warn(
             f"ctrlcompile trains {', '.join(new[:3])}{' ...' if len(new) > 3 else ''} densely, at the other layers' "
-            "expense: these layers ran for the first time after the first optimizer step, when the budget had been "
+            "expense: they were trained for the first time when the budget of the graph that they are in had been "
             "divided. Make a ctrlcompile.Controller from the model, which has all layers from the start",
             RuntimeWarning,
             stacklevel=2,

@@ -56,6 +56,7 @@ class Gate:
         updates: how often the mask was written.
         normalised: whether, in a graph that has run, each output channel is normalised by itself, as batch norm does.
         read_otherwise: whether, in a graph that has run, something reads the weight beside its gated layers.
+        run: the training run of the one-line form that drives it, of which `follow` knows; None for none.
     """
 
     @on_cpu
@@ -76,6 +77,7 @@ class Gate:
         self.active, self.updates = rows * columns, 0
         self.active_area, self.probed_area = float(weight.numel()), 0.0
         self.normalised = self.read_otherwise = False
+        self.run: Any = None
         self._entries = weight.numel()
         self._weight = weakref.ref(weight)
         self._optimizer: weakref.ref[torch.optim.Optimizer] | None = None

@@ -97,6 +97,35 @@ def test_a_weight_that_no_optimizer_steps_stays_whole():
     assert pruned.density < 0.5
 
 
+def test_another_optimizer_takes_the_run_over_though_the_first_is_gone():
+    model = MLP(64, 96, 64)
+    run = torch.compile(model, backend="ctrlprune", options={"budget": 0.7, "total_steps": 20, "block": 8})
+    optimizer = torch.optim.AdamW(model.parameters())
+    for _ in range(10):
+        step(run, optimizer)
+    controller = cc.controller_of(optimizer)
+    optimizer = torch.optim.SGD(model.parameters(), 0.01)
+    gc.collect()
+    for _ in range(10):
+        step(run, optimizer)
+    assert cc.controller_of(optimizer) is controller
+    assert controller.steps == 20
+    assert controller.flops_used / controller.flops_dense == pytest.approx(0.7, rel=0.01)
+
+
+def test_layers_of_a_graph_of_their_own_that_come_late_land_with_the_rest_of_the_run():
+    first, second = MLP(64, 96, 64), MLP(64, 96, 64)
+    options = {"budget": 0.7, "total_steps": 60, "block": 8}
+    runs = [torch.compile(model, backend="ctrlprune", options=options) for model in (first, second)]
+    optimizer = torch.optim.AdamW([*first.parameters(), *second.parameters()])
+    for number in range(60):
+        step(runs[number >= 20 and number % 2], optimizer)
+    controllers = {gate.run.controller for model in (first, second) for gate in cc.gates(model).values()}
+    assert sorted(controller.total_steps for controller in controllers) == [39, 60]
+    for controller in controllers:
+        assert controller.flops_used / controller.flops_dense == pytest.approx(0.7, rel=0.02)
+
+
 def test_layers_that_come_after_the_first_step_are_told_of_once():
     model = MLP(64, 96, 64)
     model.fc1.requires_grad_(False)
@@ -270,5 +299,5 @@ def test_a_budget_that_only_weights_that_nobody_steps_could_meet_is_an_error_of_
     optimizer = torch.optim.AdamW(model.fc2.parameters())
     run = torch.compile(model, backend="ctrlprune", options={"budget": 0.3, "total_steps": 50, "block": 8})
     step(run, optimizer)
-    with pytest.raises(BudgetError, match=r"0\.\d+ of this model's training FLOPs cannot be gated"):
+    with pytest.raises(BudgetError, match=r"cannot be gated, fc1\.weight no optimizer steps and 48 steps are left"):
         step(run, optimizer)

@@ -110,11 +110,13 @@ class Ledger:
         whole = self.dense + steps_left * self.average_dense
         return (self.used + steps_left * (self.average_fixed + self.gated_at(lowest))) / whole
 
-    def check(self, budget: Budget, steps_left: int | None, lowest: list[float]) -> None:
+    def check(self, budget: Budget, steps_left: int | None, lowest: list[float], untrained: list[str]) -> None:
         """Raises BudgetError where a run of `steps_left` steps more (None: without end) cannot meet the budget."""
         least = self.least(ENDLESS if steps_left is None else steps_left, lowest)
         if least > budget.flops:
             rest = "" if steps_left is None else f" and {steps_left} steps are left"
+            if untrained:
+                rest = f", {', '.join(untrained[:3])}{' ...' if len(untrained) > 3 else ''} no optimizer steps{rest}"
             raise BudgetError(
                 f"budget: got {budget.flops:g}; {self.average_fixed / self.average_dense:.3f} of this model's training "
                 f"FLOPs cannot be gated{rest}, so the least that it can meet is {math.ceil(least * 1e3) / 1e3:.3f}. "

@@ -228,9 +228,10 @@ class Controller:
         self._since[1] += sum(gated)
         if self._ledger.measured <= 2:
             # In the first step, an optimizer whose turn comes later has not been seen yet.
-            floor = self._least if self._ledger.measured == 1 else self._floor()
+            first = self._ledger.measured == 1
+            untrained = [] if first else [name for name, gate in self.gates.items() if not gate.trained]
             left = None if self.total_steps is None else self.total_steps - self.steps
-            self._ledger.check(self.budget, left, self._lowest(floor))
+            self._ledger.check(self.budget, left, self._lowest(self._least if first else self._floor()), untrained)
 
     def _decide(self, left: int | None) -> None:
         ledger, ramp = self._ledger, self._ramp
