@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from ctrlcompile.kernels import index_lists
+from ctrlcompile.kernels.index_lists import Block as Block
 
-Block = tuple[int, int]
 BlockChoice = Block | int | Literal["auto"]
 
 SMALLEST_SIDE, LARGEST_SIDE, SIDE_STEP = 8, 128, 8

@@ -21,7 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 from ctrlcompile.controller.contract import StepCost
 from ctrlcompile.controller.coupling import Coupled
 from ctrlcompile.gate import Gate
-from ctrlcompile.passes.graph_edit import argument, scopes
+from ctrlcompile.passes.graph_edit import CHECKPOINT, argument, scopes
 from ctrlcompile.passes.skip_heads import OPERANDS, is_attention
 
 Expression: TypeAlias = int | sympy.Expr
@@ -115,7 +115,7 @@ class BoundCost:
 
 
 def region_flops(gm: fx.GraphModule) -> Expression:
-    """FLOPs of a Dynamo graph, dense: forward and, where anything asks for a gradient, backward.
+    """FLOPs of a Dynamo graph, dense: forward and, where gradients are on and anything asks for one, backward.
 
     What activation checkpointing computes a second time is left out, here and in the gated part alike.
     """
@@ -173,7 +173,7 @@ def _fresh(example: Any) -> Any:
 
 class _WithoutCheckpoints(fx.Interpreter):
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
-        if target is torch.ops.higher_order.tag_activation_checkpoint:
+        if target is CHECKPOINT:
             return type(self)(args[0]).run(*args[1:])
         return super().call_function(target, args, kwargs)
 
@@ -190,20 +190,23 @@ def _scratch(mode: FakeTensorMode) -> Iterator[None]:
     hooks: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
     if torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
         hooks = torch.autograd.graph.saved_tensors_hooks(untouched, untouched)
-    with mode, torch.enable_grad(), fresh, hooks:
+    with mode, fresh, hooks:
         yield
 
 
 @dataclass
 class _Account:
-    """FLOPs that regions used, and how they couple their gates."""
+    """FLOPs that regions used, and how they couple their gates.
+
+    `closed` says that the optimizer step that it belongs to has been.
+    """
 
     dense: float = 0.0
     used: float = 0.0
     skipped: float = 0.0  # of attention, for heads that need no weights
     gated: dict[Gate, float] = field(default_factory=dict)
     coupled: set[Coupled] = field(default_factory=set)
-    closed: bool = False  # the optimizer step that this belongs to has been
+    closed: bool = False
 
     def add(self, other: "_Account") -> None:
         self.dense += other.dense
@@ -240,8 +243,9 @@ class Counter:
 class Meter:
     """Hands what each training call of a region cost to the counters of its gates.
 
-    A region without gates (an embedding behind a graph break, say) counts for the first counter that is called. What a
-    region cost before all its gates had a counter is kept until its next step, for those that come yet.
+    A region without gates (an embedding behind a graph break, say) counts for the first counter that is called, unless
+    an optimizer without gates steps and then a region runs: it was of another model. What a region cost before all its
+    gates had a counter is kept until its next step, for those that come yet.
     """
 
     def __init__(self) -> None:
@@ -288,6 +292,8 @@ class Meter:
         """
         if self._is_recomputed(cost):
             return
+        if self._gateless.closed:
+            self._gateless = _Account()
         known = set() if coupled is None else {coupled}
         account = _Account(cost.dense, used_flops(cost, gates) - skipped, skipped, coupled=known)
         for gate, (total, _) in zip(gates, cost.products, strict=True):
@@ -305,6 +311,10 @@ class Meter:
                 self._unclaimed[key] = account
             else:
                 before.add(account)
+
+    def end_step_without_gates(self) -> None:
+        """Notes that an optimizer has stepped that owns no gate."""
+        self._gateless.closed = True
 
     def end_step(self, gates: frozenset[Gate]) -> _Account:
         """Notes that the optimizer has stepped these gates; what nobody's regions used since the last step of any."""

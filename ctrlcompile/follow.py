@@ -10,6 +10,7 @@ import functools
 import logging
 import warnings
 import weakref
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -43,9 +44,9 @@ class _Run:
     It lives as long as its gates do, which hold it: another optimizer may take the run over.
     """
 
-    def __init__(self, controller: Controller) -> None:
+    def __init__(self, controller: Controller, gates: Iterable[Gate]) -> None:
         self.controller = controller
-        for gate in controller.gates.values():
+        for gate in gates:
             gate.run = self
         self._stepped: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
 
@@ -110,6 +111,7 @@ def _after_step(optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs:
         _warn_dense()
     _ran.clear()
     if not gates:
+        meter.end_step_without_gates()
         return
     keeps_zero = type(optimizer) in KEEP_ZERO
     for gate in gates:
@@ -160,7 +162,7 @@ def _start(newcomers: list[Gate], done: int) -> None:
         left = None if options.total_steps is None else max(1, options.total_steps - done)
         controller = Controller(named, meter.counter(named.values()), options.budget, left, driven=True)
         controller.log = None if done else run_log.start(options.log, controller)  # a log is of one controller
-        _Run(controller)
+        _Run(controller, named.values())
         logger.info("a controller drives %d gates", len(named))
 
 

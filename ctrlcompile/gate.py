@@ -81,11 +81,10 @@ class Gate:
         self._entries = weight.numel()
         self._weight = weakref.ref(weight)
         self._optimizer: weakref.ref[torch.optim.Optimizer] | None = None
-        self._version = weight._version  # of the weight's values, when masked blocks were last known to be zero
+        self._known = _values(weight)  # when masked blocks were last known to be zero
         self._computed: tuple[int, int] | None = None  # where the kernels' last gradient lies, and its version
         self._gradients: set[bool] = set()  # that came since the last step: whether they were the kernels', all of them
-        self._masked = torch.empty(0, dtype=torch.int64)  # ids of masked blocks
-        self._looked_at = 0  # how many masked blocks have been
+        self._sample: Tensor | None = None  # a masked block of the weight, chosen anew when it or the mask changes
         self._reports = False
         self._report()
 
@@ -129,14 +128,14 @@ class Gate:
         masked = ~mask
         gone = masked if self.signals.is_cuda else masked & self._mask  # there, see `_is_written_to`
         self._mask.copy_(mask)
-        self._masked = masked.view(-1).nonzero().flatten()
+        self._sample = None
         index_lists.write_(self.lists, mask)
         self.active, self.updates = int(mask.sum()), self.updates + 1
         self.active_area = float(self.block_area[mask].sum()) if self.active else 0.0
         self.probe_(torch.empty(0, dtype=torch.int64))
         if bool(gone.any()):
             self._zero_blocks(gone)
-            self._version = self.weight._version
+            self._known = _values(self.weight)
 
     @torch.no_grad()
     @on_cpu
@@ -166,10 +165,12 @@ class Gate:
         """Zeroes the masked blocks in the weight, its gradient and its optimizer state, whatever wrote to them."""
         if self.active < self._mask.numel():
             self._zero_blocks(~self._mask)
-        self._version = self.weight._version
+        self._known, self._sample = _values(self.weight), None
 
     def settle(self) -> None:
         """Enforces the mask if anybody but the optimizer wrote to the weight (`load_state_dict`, say).
+
+        Writes that autograd does not know of (`weight.data.copy_`) are found in evaluation, and by `stepped_by`.
 
         Raises ValueError when the weight has moved to another device since the gate was made, RuntimeError when the
         Parameter is gone.
@@ -179,7 +180,7 @@ class Gate:
                 f"gate {self.name!r} was made while its weight was on {here}; now it is on {there}. Move the model "
                 "before its gates, its Controller or its first compiled call"
             )
-        if self._version != self.weight._version:
+        if self._known != _values(self.weight) or (not torch.is_grad_enabled() and self._is_written_to()):
             self.enforce_()
         self._report()
 
@@ -196,15 +197,13 @@ class Gate:
 
         keeps_zero: a step of this optimizer leaves an entry zero whose weight, gradient and state are zero. Even so,
         blocks are zeroed where a gradient was not the kernels' alone: a penalty on the weights that is not part of the
-        compiled graph, say, or another reader of the weight that is. And where a masked block, another one in each
-        step, is found written to: through `weight.data`, or into the gradient before the step.
+        compiled graph, say, or another reader of the weight that is. And where a masked block is found written to:
+        through `weight.data`, or into the gradient before the step.
         """
         self.owned_by(optimizer)
-        if self.active < self._mask.numel() and (
-            not keeps_zero or self.read_otherwise or self._gradients != {True} or self._is_written_to()
-        ):
+        if not keeps_zero or self.read_otherwise or self._gradients != {True} or self._is_written_to():
             self.enforce_()
-        self._version = self.weight._version
+        self._known = _values(self.weight)
         self._gradients.clear()
         self._computed = None
 
@@ -267,19 +266,20 @@ class Gate:
         self._gradients.add(self._computed == (gradient.data_ptr(), gradient._version))
         self._computed = None
 
-    @torch.no_grad()
     def _is_written_to(self) -> bool:
-        """Whether a masked block, the next in turn, is not zero.
+        """Whether a masked block, one of them, is not zero.
 
         False on a GPU, which one would have to wait for; there `update_` zeroes all masked blocks.
         """
-        if self.signals.is_cuda:
+        if self.active == self._mask.numel() or self.signals.is_cuda:
             return False
-        self._looked_at += 1
-        one = int(self._masked[self._looked_at % len(self._masked)])
-        (down, across), (row, column) = self.block, divmod(one, self.grid[1])
-        block = self.weight[row * down : (row + 1) * down, column * across : (column + 1) * across]
-        return bool(block.any())
+        if self._sample is None:
+            masked = (~self._mask).nonzero()
+            row, column = masked[self.updates * 7919 % len(masked)].tolist()
+            down, across = self.block
+            block = self.weight.detach()[row * down : (row + 1) * down, column * across : (column + 1) * across]
+            self._sample = block
+        return bool(self._sample.any())
 
     def _check_mask(self, mask: Tensor) -> None:
         if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
@@ -305,6 +305,11 @@ class Gate:
             # Rprop's step sizes are no moments: at zero they would never grow again.
             if isinstance(value, Tensor) and value.shape == self.weight.shape and key != "step_size":
                 yield value
+
+
+def _values(weight: Tensor) -> tuple[int, int]:
+    """What changes when somebody writes to a weight as autograd sees it, or gives it other values (`weight.data =`)."""
+    return weight._version, weight.data_ptr()
 
 
 class Registry:
@@ -385,10 +390,10 @@ def gates(
             wanted = resolve_block(block, weight)
             if _shared_with_other_kind(model, weight):
                 registry.refuse(weight, "shared with a module that is neither a linear nor a convolution")
-            untrained = weight.is_inference()  # made in inference mode, for good
+            unfit = weight.is_inference() or not weight.is_floating_point()  # made in inference mode, or complex
             small = block == "auto" and too_small(weight.shape, wanted)
             groups = getattr(module, "groups", None)
-            if registry.refusal(weight) or untrained or small or no_room(weight.shape, wanted, groups):
+            if registry.refusal(weight) or unfit or small or no_room(weight.shape, wanted, groups):
                 continue
             check_block(wanted, weight.shape, name)
         else:

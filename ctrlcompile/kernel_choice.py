@@ -130,7 +130,7 @@ def why_no_kernel(
     return None
 
 
-def kernel_name(device: torch.device, x_dtype: torch.dtype, weight_dtype: torch.dtype, family: Family = LINEAR) -> str:
+def kernel_name(device: torch.device, x_dtype: torch.dtype, weight_dtype: torch.dtype) -> str:
     """What users call the kernel for these types: language, instruction set or device, types."""
     _, _, x_dtype, weight_dtype, _, _ = _types(LINEAR, device, x_dtype, weight_dtype, (0, 0))
     types = " x ".join(sorted({str(dtype).removeprefix("torch.") for dtype in (x_dtype, weight_dtype)}))

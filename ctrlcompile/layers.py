@@ -14,7 +14,7 @@ from ctrlcompile.cost import ProductCost, expression
 from ctrlcompile.gate import Gate, name_excluded, registry
 from ctrlcompile.kernels.window import Window
 from ctrlcompile.options import Options
-from ctrlcompile.passes.graph_edit import Scope, scopes, uses
+from ctrlcompile.passes.graph_edit import Scope, scopes, source_name, uses
 from ctrlcompile.passes.layer_nodes import (
     TRANSPOSED,
     is_layer,
@@ -36,7 +36,8 @@ class Weight:
     """A Parameter that layers of this region read: its argument position, and why it gets no gate by itself.
 
     `transposed` says of a gate yet to be made that all of these layers are matmuls; `read_otherwise` that something
-    else reads the Parameter, too; `excluded` that no gate of it counts here, whoever made it.
+    else reads the Parameter, too; `excluded` that no gate of it counts here, whoever made it; `had_gate` that it had
+    one when the graph was compiled.
     """
 
     position: int
@@ -44,6 +45,7 @@ class Weight:
     transposed: bool
     read_otherwise: bool
     excluded: bool
+    had_gate: bool
     reason: str | None
 
 
@@ -134,8 +136,9 @@ def _weight(
     if read_otherwise:
         registry.refuse(parameter, "shared with another kind of layer, such as an embedding")
     excluded = name_excluded(name, options.exclude) is not None
+    had_gate = registry.get(parameter) is not None
     reason = _why_dense(parameter, name, x_dtype, options, readers)
-    return Weight(position, name, all(map(is_matmul, readers)), read_otherwise, excluded, reason)
+    return Weight(position, name, all(map(is_matmul, readers)), read_otherwise, excluded, had_gate, reason)
 
 
 def _why_dense(
@@ -179,8 +182,7 @@ def _product(node: fx.Node) -> ProductCost:
 
 
 def _parameter_name(node: fx.Node) -> str:
-    source = node._dynamo_source  # type: ignore[attr-defined]
-    text = source.name() if callable(source.name) else source.name
+    text = source_name(node)
     parts = re.findall(r"_(?:modules|parameters)\['([^']+)'\]", text)
     return ".".join(parts) if parts else text
 

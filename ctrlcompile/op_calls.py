@@ -21,7 +21,7 @@ from ctrlcompile.kernels.index_lists import BlockLists, grid_shape
 from ctrlcompile.kernels.reference import Before
 from ctrlcompile.kernels.window import Window, channels_last
 
-ACTIVATIONS = reference.ACTIVATIONS
+ACTIVATIONS, saves_z = reference.ACTIVATIONS, reference.saves_z
 
 
 def _linear(
@@ -173,11 +173,6 @@ IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {
 def new_sums(grad: Tensor, channels: int) -> Tensor:
     """As many sums over the positions of a gradient, yet to be set."""
     return grad.new_empty(channels, dtype=torch.promote_types(grad.dtype, torch.float32))
-
-
-def saves_z(activation: str) -> bool:
-    """Whether backward needs the value before the activation (relu's can be read off its output)."""
-    return activation.startswith("gelu")
 
 
 def check_activation(activation: str) -> None:

@@ -176,7 +176,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
     y, z = output
     ctx.mark_non_differentiable(z)
     ctx.set_materialize_grads(False)
-    ctx.block, ctx.activation, ctx.has_bias, ctx.moves = (block_out, block_in), activation, bias is not None, moves
+    ctx.block, ctx.activation, ctx.moves = (block_out, block_in), activation, moves
     ctx.bias_dtype, ctx.lists = None if bias is None else bias.dtype, len(lists)
     kept = {"none": (), "relu": (y,)}.get(activation, (z,))
     ctx.save_for_backward(x, weight, probes, *lists, *kept)

@@ -36,7 +36,7 @@ Division = tuple[Block | None, ...]  # the block of each weight of a region, Non
 
 
 @dataclass(frozen=True)
-class Variant:
+class Lowering:
     """One lowering: the compiled graph, and which gates and kinds of heads it takes after Dynamo's arguments.
 
     `read_otherwise` are those of the gates whose weights something else in the graph reads, too. For people: what each
@@ -57,11 +57,11 @@ class Variant:
 
 @dataclass(frozen=True)
 class Visit:
-    """What `watch` sees of one call: the region and the variant that ran, its weights' Parameters and gates, its FLOPs
+    """What `watch` sees of one call: the region and the lowering that ran, its weights' Parameters and gates, its FLOPs
     at these sizes."""
 
     region: "Region"
-    variant: Variant
+    lowering: Lowering
     parameters: tuple[Tensor, ...]
     gates: tuple[Gate | None, ...]
     cost: cost.BoundCost
@@ -70,7 +70,7 @@ class Visit:
     def used_flops(self) -> float:
         """Of a training step in this region, at the present masks and probes."""
         used = cost.used_flops(self.cost, self.region.gates_by_layer(self.gates))
-        return used - self.cost.skipped(self.variant.kinds(self.gates).live_shares)
+        return used - self.cost.skipped(self.lowering.kinds(self.gates).live_shares)
 
 
 class Region:
@@ -87,15 +87,15 @@ class Region:
             _tell_of_uncounted()
         self._couplings: dict[Division, Coupling | None] = {}
         gates = self._gates(example_inputs)
-        self._variants: dict[Any, Variant] = {_division(gates): self._build(gates, example_inputs)}
+        self._lowerings: dict[Any, Lowering] = {_division(gates): self._build(gates, example_inputs)}
 
     def __call__(self, *args: Any) -> Any:
         gates = self._gates(args)
-        variant = self._variants.get(_division(gates)) or self._late_variant(gates, args)
-        kinds = variant.kinds(gates)
+        lowering = self._lowerings.get(_division(gates)) or self._late_lowering(gates, args)
+        kinds = lowering.kinds(gates)
         if _watcher.visits is not None:
             parameters = tuple(args[weight.position] for weight in self.weights)
-            _watcher.visits.append(Visit(self, variant, parameters, tuple(gates), self._bind(args)))
+            _watcher.visits.append(Visit(self, lowering, parameters, tuple(gates), self._bind(args)))
         elif torch.is_grad_enabled() and cost.meter.listening:
             gated = self.gates_by_layer(gates)
             for layer, gate in zip(self.layers, gated, strict=True):
@@ -105,16 +105,16 @@ class Region:
             skipped = bound.skipped(kinds.live_shares)
             cost.meter.record(bound, gated, self._coupled(gates), skipped, self.options.budget is not None)
             for log in tuple(run_log.graphless):
-                log.see(variant.changes[-1].outlines[1], self.gates_by_node(gates))
-        for index in variant.read_otherwise:
+                log.see(lowering.changes[-1].outlines[1], self.gates_by_node(gates))
+        for index in lowering.read_otherwise:
             if (gate := gates[index]) is not None:
                 gate.read_otherwise = True
         inputs: list[Tensor] = []
-        for index in variant.gated:
+        for index in lowering.gated:
             gate = gates[index]
-            assert gate is not None  # the variant was built for this division
+            assert gate is not None  # the lowering was built for this division
             inputs.extend(gate.inputs)
-        return variant.run(*args, *inputs, *kinds.inputs)
+        return lowering.run(*args, *inputs, *kinds.inputs)
 
     def _gates(self, args: Sequence[Any]) -> list[Gate | None]:
         if not _watcher.gated:
@@ -123,6 +123,8 @@ class Region:
         for weight in self.weights:
             parameter = args[weight.position]
             gate = None if weight.excluded else registry.get(parameter)
+            if gate is not None and weight.reason is not None and not weight.had_gate and not gate.updates:
+                gate = None  # somebody looks at the gates: no reason to lower the graph again
             if gate is None and weight.reason is None and registry.refusal(parameter) is None:
                 gate = registry.get_or_create(parameter, self.options.block, weight.name, weight.transposed)
             if gate is not None:
@@ -178,7 +180,7 @@ class Region:
     def _bind(self, args: Sequence[Any]) -> cost.BoundCost:
         return self._cost.bind(tuple(int(args[position]) for position in self._size_positions))
 
-    def _build(self, gates: Sequence[Gate | None], args: Sequence[Any], *, late: bool = False) -> Variant:
+    def _build(self, gates: Sequence[Gate | None], args: Sequence[Any], *, late: bool = False) -> Lowering:
         gm = copy_graph(self._gm)
         if late:
             gm.meta.pop("dynamo_compile_id", None)  # outside Dynamo: no guards to serve, sizes as they are
@@ -195,15 +197,15 @@ class Region:
         extra = _examples([*tensors, *(heads.under(gates).inputs if heads else ())], late)
         nodes = [node for scope in scopes(gm) for node in scope.gm.graph.nodes if "layer" in node.meta]
         activations = {node.meta["layer"]: ops.activation_of(node) or "none" for node in nodes}
-        return Variant(self._lower(gm, [*args, *extra], late), gated, otherwise, heads, changes, activations)
+        return Lowering(self._lower(gm, [*args, *extra], late), gated, otherwise, heads, changes, activations)
 
-    def _late_variant(self, gates: Sequence[Gate | None], args: Sequence[Any]) -> Variant:
+    def _late_lowering(self, gates: Sequence[Gate | None], args: Sequence[Any]) -> Lowering:
         key = (_division(gates), tuple(tuple(arg.shape) if isinstance(arg, Tensor) else arg for arg in args))
-        variant = self._variants.get(key)
-        if variant is None:
+        lowering = self._lowerings.get(key)
+        if lowering is None:
             logger.info("gated otherwise than the graph was compiled for (another instance, say): lowering it again")
-            variant = self._variants[key] = self._build(gates, args, late=True)
-        return variant
+            lowering = self._lowerings[key] = self._build(gates, args, late=True)
+        return lowering
 
 
 class _Watcher:

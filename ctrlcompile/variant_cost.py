@@ -81,11 +81,6 @@ class CostModel:
         scale = statistics.median(s.seconds / seconds(coefficients, s.size) for s in own) if own else 1.0
         return scale * seconds(coefficients, size)
 
-    def formula(self, kind: Hashable) -> sympy.Expr:
-        """Seconds of a call of this kind, measured before, in the symbols of `SIZES`."""
-        constant, per_flop, per_byte = self._fits.get(kind) or fit(self._kinds[kind])
-        return constant + per_flop * FLOPS + per_byte * BYTES
-
     @property
     def error(self) -> float | None:
         """The median relative error of the latest predictions; None before any could be checked."""

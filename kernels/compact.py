@@ -9,8 +9,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from . import reference
-
-Block = tuple[int, int]
+from .index_lists import Block
 
 
 class Live(NamedTuple):

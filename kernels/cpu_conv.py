@@ -16,11 +16,10 @@ from torch import Tensor
 from . import cpp_window, cpu_product
 from .build import KernelBuildError as KernelBuildError
 from .cpp_window import Phase, Size, Taps
-from .cpu_product import Block
 from .cpu_product import sources as sources
 from .cpu_product import supported as supported
-from .index_lists import BlockLists
-from .reference import Before
+from .index_lists import Block, BlockLists
+from .reference import Before, saves_z
 from .window import Window, channels_last
 
 
@@ -34,7 +33,7 @@ def forward(
     """
     x = channels_last(x)
     y = _empty(x, weight.shape[0], window.output_size(tuple(x.shape[2:]), tuple(weight.shape[2:])))
-    z = torch.empty_like(y) if activation.startswith("gelu") else x.new_empty(0)
+    z = torch.empty_like(y) if saves_z(activation) else x.new_empty(0)
     if y.numel():
         by_rows = lists.crow_indices, lists.col_indices, lists.row_order
         cpu_product.rows(

@@ -10,11 +10,11 @@ from torch import Tensor
 
 from . import cpp_window, cpu_product
 from .build import KernelBuildError as KernelBuildError
-from .cpu_product import Block, Geometry
+from .cpu_product import Geometry
 from .cpu_product import sources as sources
 from .cpu_product import supported as supported
-from .index_lists import BlockLists
-from .reference import Before
+from .index_lists import Block, BlockLists
+from .reference import Before, saves_z
 
 
 def forward(
@@ -26,7 +26,7 @@ def forward(
     the gelu activations, z likewise; for the others, whose derivative is known from y, z is empty.
     """
     y = x.new_empty(x.shape[0], weight.shape[0])
-    z = torch.empty_like(y) if activation.startswith("gelu") else x.new_empty(0)
+    z = torch.empty_like(y) if saves_z(activation) else x.new_empty(0)
     by_rows = lists.crow_indices, lists.col_indices, lists.row_order
     if y.numel():
         cpu_product.rows(_geometry(x, y), x, weight, bias, by_rows, y, z, block, activation)

@@ -19,10 +19,8 @@ from torch import Tensor
 
 from . import build, cpp_rows, cpp_wgrad, isa
 from .cpp_window import Geometry as Geometry
-from .index_lists import BlockLists
+from .index_lists import Block, BlockLists
 from .reference import Before, backward
-
-Block = tuple[int, int]
 
 _DTYPES = ((torch.float32, torch.float32), (torch.bfloat16, torch.bfloat16), (torch.bfloat16, torch.float32))
 _PANEL_BYTES = 32 << 10  # of the two panels of a block in the weight gradient, to be read from the first-level cache

@@ -10,10 +10,8 @@ from torch import Tensor
 
 from . import index_lists, reference
 from .cpu_linear import supported as supported
-from .index_lists import BlockLists
+from .index_lists import Block, BlockLists
 from .window import Window, channels_last
-
-Block = tuple[int, int]
 
 
 def forward(
@@ -25,8 +23,7 @@ def forward(
     `[N, O, *out]` in x's dtype, channels-last like x.
     """
     z = product(x, weight.to(x.dtype), bias, window)
-    keeps_z = activation.startswith("gelu")
-    return reference.activate(z, activation), z if keeps_z else x.new_empty(0)
+    return reference.activate(z, activation), z if reference.saves_z(activation) else x.new_empty(0)
 
 
 def dgrad(

@@ -10,9 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import index_lists, reference
-from .index_lists import BlockLists
-
-Block = tuple[int, int]
+from .index_lists import Block, BlockLists
 
 
 def forward(
@@ -23,8 +21,7 @@ def forward(
     x `[M, K]`, weight `[N, K]` in x's dtype, bias `[N]` of any floating dtype or None -> `[M, N]` in x's dtype.
     """
     z = F.linear(x, weight, None if bias is None else bias.to(x.dtype))
-    keeps_z = activation.startswith("gelu")
-    return reference.activate(z, activation), z if keeps_z else x.new_empty(0)
+    return reference.activate(z, activation), z if reference.saves_z(activation) else x.new_empty(0)
 
 
 def dgrad(

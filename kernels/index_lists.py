@@ -12,6 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+Block = tuple[int, int]  # sides of a block in a weight's entries or channels, along its dimensions
+
 
 class BlockLists(NamedTuple):
     """The active blocks of an R x C grid, by rows and by columns; int32 tensors on the weight's device.

@@ -20,6 +20,12 @@ from .window import Window
 ACTIVATIONS = ("none", "relu", "gelu", "gelu_tanh")
 DIFFERENTIATED = ("gelu", "gelu_tanh")  # the activations whose backward pass an input gradient can end with
 
+
+def saves_z(activation: str) -> bool:
+    """Whether backward needs the value before the activation (relu's can be read off its output)."""
+    return activation in DIFFERENTIATED
+
+
 BACKWARD = "_backward"  # ends what kernels call the backward pass of an activation, see `backward`
 
 

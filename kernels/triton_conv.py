@@ -19,14 +19,13 @@ import torch
 from torch import Tensor
 
 from . import triton_launch, triton_tune
-from .index_lists import BlockLists
+from .index_lists import Block, BlockLists
 from .reference import Before, backward
 from .triton_linear import supported as supported
 from .triton_rows import Rows
 from .triton_wgrad import Wgrad
 from .window import Window
 
-Block = tuple[int, int]
 Shape = tuple[int, ...]
 
 

@@ -17,12 +17,10 @@ from torch import Tensor
 
 from . import triton_launch, triton_rows, triton_tune
 from .build import KernelBuildError as KernelBuildError
-from .index_lists import BlockLists
+from .index_lists import Block, BlockLists
 from .reference import Before, backward
 from .triton_rows import Rows
 from .triton_wgrad import Wgrad
-
-Block = tuple[int, int]
 
 _FIRST_VERSION = (3, 6)
 _FIRST_CAPABILITY = (8, 0)

@@ -39,6 +39,7 @@ from ctrlcompile.passes.fuse_activation import fuse_activation
 from ctrlcompile.passes.gate_conv import gate_conv
 from ctrlcompile.passes.gate_linear import gate_linear
 from ctrlcompile.passes.gate_matmul import gate_matmul
+from ctrlcompile.passes.graph_edit import operator_name
 from ctrlcompile.passes.outline import Outline, outline
 from ctrlcompile.passes.restore_layout import restore_layout
 from ctrlcompile.passes.skip_heads import skip_heads
@@ -136,6 +137,6 @@ def _operators(gm: fx.GraphModule) -> dict[str, int]:
     counts: dict[str, int] = {}
     for node in gm.graph.nodes:
         if node.op.startswith("call"):
-            name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
+            name = operator_name(node)
             counts[name] = counts.get(name, 0) + 1
     return counts

@@ -25,7 +25,7 @@ from ctrlcompile.controller.coupling import Coupling, Heads, Members, Sets
 from ctrlcompile.kernels import cpu_averages
 from ctrlcompile.passes.channel_rules import IN_PLACE, NEW_MEMORY, RULES, Call, Labels, with_constants
 from ctrlcompile.passes.channels import CONSTANT, INPUT, LARGEST, OUTPUT, Channels
-from ctrlcompile.passes.graph_edit import argument
+from ctrlcompile.passes.graph_edit import CHECKPOINT, argument, source_name
 from ctrlcompile.passes.layer_nodes import is_matmul, operands
 from ctrlcompile.passes.moved_channels import MovedChannels
 from ctrlcompile.passes.skip_heads import OPERANDS, is_attention
@@ -34,7 +34,6 @@ Layers: TypeAlias = Mapping[str, tuple[int, tuple[int, int]]]
 ByHead: TypeAlias = list[list[int]]  # labels
 Place: TypeAlias = tuple[int, int]  # of a block row or column: number of the weight, number in the weight's grid
 
-CHECKPOINT = torch.ops.higher_order.tag_activation_checkpoint
 SHAPES = (
     "device",
     "dim",
@@ -257,8 +256,7 @@ class _Walk:
         """Whether an input of the graph is a Parameter, a buffer or a number, and no data."""
         if self._sizes(placeholder) is None:
             return True
-        source = getattr(placeholder, "_dynamo_source", None)
-        name = "" if source is None else source.name() if callable(source.name) else source.name
+        name = source_name(placeholder)
         return "._parameters[" in name or "._buffers[" in name
 
     def _sizes(self, value: Any) -> list[int] | None:

@@ -10,8 +10,9 @@ from typing import Any
 from torch import fx
 
 from ctrlcompile import ops
+from ctrlcompile.kernels.index_lists import Block
 from ctrlcompile.kernels.window import channels_last
-from ctrlcompile.passes.gate_nodes import Block, GateNodes, gate_nodes, with_first_output
+from ctrlcompile.passes.gate_nodes import GateNodes, gate_nodes, with_first_output
 from ctrlcompile.passes.layer_nodes import is_conv, operands, window_of
 
 

@@ -6,7 +6,8 @@ from typing import Any
 from torch import fx
 
 from ctrlcompile import ops
-from ctrlcompile.passes.gate_nodes import Block, GateNodes, gate_nodes, with_first_output
+from ctrlcompile.kernels.index_lists import Block
+from ctrlcompile.passes.gate_nodes import GateNodes, gate_nodes, with_first_output
 from ctrlcompile.passes.layer_nodes import is_linear, operands
 
 

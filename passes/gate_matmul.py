@@ -11,7 +11,8 @@ from typing import Any
 from torch import fx
 
 from ctrlcompile import ops
-from ctrlcompile.passes.gate_nodes import Block, GateNodes, gate_nodes
+from ctrlcompile.kernels.index_lists import Block
+from ctrlcompile.passes.gate_nodes import GateNodes, gate_nodes
 from ctrlcompile.passes.layer_nodes import is_matmul, operands
 
 

@@ -11,14 +11,13 @@ from collections.abc import Callable, Mapping
 
 from torch import fx
 
-from ctrlcompile.kernels.index_lists import BlockLists
+from ctrlcompile.kernels.index_lists import Block, BlockLists
 from ctrlcompile.passes.graph_edit import clean, copy_meta, scopes
 from ctrlcompile.passes.layer_nodes import operands
 
 GATE_INPUTS = ("signals", *BlockLists._fields, "probes")
 GATE = "gate_of"  # in the meta of such an input: the argument position of the weight
 
-Block = tuple[int, int]
 GateNodes = tuple[fx.Node, list[fx.Node], fx.Node]  # signals, index lists, probes
 
 

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import fx
 
+CHECKPOINT = torch.ops.higher_order.tag_activation_checkpoint  # calls a body, a graph of its own
 COPIED_META = ("nn_module_stack", "source_fn_stack", "stack_trace")
 
 
@@ -44,7 +45,7 @@ class Scope:
 def scopes(gm: fx.GraphModule) -> list[Scope]:
     """The whole graph, then the bodies of its activation checkpoints."""
     found = [Scope(gm)]
-    for call in gm.graph.find_nodes(op="call_function", target=torch.ops.higher_order.tag_activation_checkpoint):
+    for call in gm.graph.find_nodes(op="call_function", target=CHECKPOINT):
         body = call.args[0]
         if len(body.users) == 1:
             found.append(Scope(getattr(gm, body.target), f"{body.target}.", call))
@@ -81,6 +82,21 @@ def copy_graph(gm: fx.GraphModule) -> fx.GraphModule:
         inner.meta = dict(scope.gm.meta)
         setattr(copied, scope.prefix.removesuffix("."), inner)
     return copied
+
+
+def source_name(node: fx.Node) -> str:
+    """Where Dynamo found an input of the whole graph, such as `L['self']._parameters['weight']`; empty if nowhere."""
+    source = getattr(node, "_dynamo_source", None)
+    if source is None:
+        return ""
+    return str(source.name() if callable(source.name) else source.name)  # a method before PyTorch 2.12
+
+
+def operator_name(node: fx.Node) -> str:
+    """Of what a node calls: a method's name, an operator's with its overload, a function's."""
+    if isinstance(node.target, torch._ops.OpOverload):
+        return node.target.name()
+    return node.target if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
 
 
 def argument(node: fx.Node, position: int, name: str, default: Any = None) -> Any:

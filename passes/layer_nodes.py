@@ -81,6 +81,8 @@ def obstacle(node: fx.Node) -> str | None:
     if node.meta.get(TRANSFORMED):
         return "inside a transformation of torch.func, such as vmap"
     x, weight, bias = operands(node)
+    if not weight.meta["example_value"].is_floating_point():
+        return "its weight is not of real numbers"
     if free_unbacked_symbols(x.meta["example_value"]):
         return "the size of its input depends on values in the same graph"
     if (

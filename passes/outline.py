@@ -4,11 +4,10 @@ import operator
 import re
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, fx
 from torch.utils._pytree import tree_leaves
 
-CHECKPOINT = torch.ops.higher_order.tag_activation_checkpoint
+from ctrlcompile.passes.graph_edit import CHECKPOINT, operator_name, source_name
 
 
 @dataclass(frozen=True)
@@ -72,18 +71,16 @@ def _unfold(gm: fx.GraphModule, prefix: str, names: dict[fx.Node, Names], found:
             names[node] = sources
         elif _is_drawn(node, sources):
             name = node.meta.get("layer", f"{prefix}{node.name}")
-            found.append(Node(name, _operator(node), module_path(node), _shape(node), sources))
+            found.append(Node(name, operator_name(node), module_path(node), _shape(node), sources))
             names[node] = (name,)
     return ()
 
 
 def _is_data(node: fx.Node) -> bool:
     """Whether an input of a graph is a tensor that is neither of a module nor of a gate."""
-    source = getattr(node, "_dynamo_source", None)
-    if source is None or not isinstance(node.meta.get("example_value"), Tensor):
-        return False
-    text = source.name() if callable(source.name) else source.name
-    return not re.search(r"_(?:parameters|buffers)\[", text)
+    source = source_name(node)
+    is_tensor = isinstance(node.meta.get("example_value"), Tensor)
+    return bool(source) and is_tensor and not re.search(r"_(?:parameters|buffers)\[", source)
 
 
 def _is_unpacking(node: fx.Node) -> bool:
@@ -96,12 +93,6 @@ def _is_drawn(node: fx.Node, sources: Names) -> bool:
     if "example_value" not in node.meta:  # of our passes, or with an effect only
         return bool(sources)
     return any(isinstance(value, Tensor) for value in tree_leaves(node.meta["example_value"]))
-
-
-def _operator(node: fx.Node) -> str:
-    if isinstance(node.target, torch._ops.OpOverload):
-        return node.target.name()
-    return node.target if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
 
 
 def _shape(node: fx.Node) -> str:

@@ -13,10 +13,9 @@ from torch import Tensor, fx
 from torch._ops import HigherOrderOperator, OpOverload, OpOverloadPacket
 
 from ctrlcompile import ops
-from ctrlcompile.passes.graph_edit import clean, copy_meta, scopes
+from ctrlcompile.passes.graph_edit import CHECKPOINT, clean, copy_meta, scopes
 from ctrlcompile.passes.layer_nodes import is_linear
 
-CHECKPOINT = torch.ops.higher_order.tag_activation_checkpoint
 VIEWS = ("view", "view_as", "as_strided", torch.as_strided)
 OWN = ("aten", "prims", "ctrlprune")
 ROWS = (ops.linear.default, ops.matmul.default)  # what comes out is contiguous, whatever goes in

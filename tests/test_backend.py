@@ -370,6 +370,41 @@ def test_a_gate_made_by_hand_leaves_an_excluded_layer_dense_and_the_graph_as_it_
     assert not model.fc2.weight[masked_entries(gates["fc2.weight"])].any()
 
 
+def test_a_look_at_the_gates_of_a_running_model_does_not_lower_it_again(caplog):
+    model = MLP(64, 96, 64)
+    model.fc2.weight.requires_grad_(False)
+    run = torch.compile(model, backend="ctrlprune", options=OPTIONS)
+    x = torch.randn(16, 64)
+    run(x).sum().backward()
+    gate = cc.gates(model, 8)["fc2.weight"]
+    with caplog.at_level("INFO", logger="ctrlcompile"):
+        run(x).sum().backward()
+        assert [row.gated for row in cc.explain(run)(x).rows] == [True, False]
+        assert "lowering it again" not in caplog.text
+        gate.update_(random_mask(gate.grid))
+        torch.testing.assert_close(run(x), model(x), rtol=1e-4, atol=1e-5)
+        assert [row.gated for row in cc.explain(run)(x).rows] == [True, True]
+
+
+def test_an_encoder_that_takes_its_fast_path_in_evaluation():
+    model = nn.TransformerEncoder(nn.TransformerEncoderLayer(64, 2, 96, batch_first=True), 2)
+    run = torch.compile(model, backend="ctrlprune", options=OPTIONS)
+    x = torch.randn(4, 8, 64)
+    run(x).sum().backward()
+    model.eval()
+    with torch.no_grad():
+        torch.testing.assert_close(run(x), model(x), rtol=1e-4, atol=1e-5)
+
+
+def test_weights_of_complex_numbers_stay_dense():
+    model = nn.Sequential(nn.Linear(64, 64, dtype=torch.cfloat), nn.Linear(64, 64, dtype=torch.cfloat))
+    assert not cc.gates(model, 8)
+    run = torch.compile(model, backend="ctrlprune", options=OPTIONS)
+    x = torch.randn(8, 64, dtype=torch.cfloat)
+    mine = torch.autograd.grad(run(x).abs().square().mean(), list(model.parameters()))
+    torch.testing.assert_close(mine, torch.autograd.grad(model(x).abs().square().mean(), list(model.parameters())))
+
+
 class Transformed(nn.Module):
     """Layers inside `vmap` and `grad` of torch.func, and one outside."""
 

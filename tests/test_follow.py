@@ -151,6 +151,39 @@ def test_a_budget_beside_a_controller_in_the_open_is_told_of():
     assert controller.steps == 1
 
 
+def test_what_another_model_without_gates_used_is_not_this_ones():
+    def used():
+        torch.manual_seed(0)
+        model = MLP(64, 96, 64)
+        optimizer = torch.optim.AdamW(model.parameters())
+        run = torch.compile(model, backend="ctrlprune", options={"budget": 0.7, "total_steps": 50, "block": 8})
+        for _ in range(3):
+            step(run, optimizer)
+        return cc.controller_of(optimizer).flops_dense
+
+    alone = used()
+    other = torch.nn.Linear(64, 8)
+    optimizer = torch.optim.AdamW(other.parameters())
+    run = torch.compile(other, backend="ctrlprune")
+    for _ in range(3):
+        step(run, optimizer)
+    torch._dynamo.reset()
+    assert used() == alone
+
+
+def test_gradients_that_leave_the_blocks_reports_out_are_told_of_early(caplog):
+    model = MLP(64, 96, 64)
+    optimizer = torch.optim.SGD(model.parameters(), 0.01)
+    run = torch.compile(model, backend="ctrlprune", options={"budget": 0.7, "total_steps": 100, "block": 8})
+    parameters = list(model.parameters())
+    for _ in range(7):
+        loss = run(torch.randn(16, 64)).square().mean()
+        for parameter, gradient in zip(parameters, torch.autograd.grad(loss, parameters), strict=True):
+            parameter.grad = gradient
+        optimizer.step()
+    assert caplog.text.count("after 6 steps no gated weight has had a finite gradient") == 1
+
+
 def test_controller_of_says_what_it_takes():
     with pytest.raises(TypeError, match="controller_of takes the optimizer that trains the model; got Linear"):
         cc.controller_of(torch.nn.Linear(4, 4))

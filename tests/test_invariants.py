@@ -214,6 +214,23 @@ def test_masked_blocks_are_zero_after_a_step_whatever_else_writes_or_trains_the_
         torch.testing.assert_close(compiled(x), model(x), rtol=1e-4, atol=1e-5)
 
 
+def test_a_model_given_other_values_behind_autograds_back_computes_in_evaluation_what_the_plain_one_does():
+    model = MLP()
+    gates = cc.gates(model, 8)
+    prune_(gates.values())
+    compiled = torch.compile(model, backend="ctrlprune")
+    optimizer = torch.optim.AdamW(model.parameters(), 0.01)
+    train(compiled, optimizer)
+    x = torch.randn(16, 40)
+    for write in (lambda p: p.data.copy_(torch.randn_like(p)), lambda p: setattr(p, "data", torch.randn_like(p))):
+        for parameter in model.parameters():
+            write(parameter)
+        with torch.no_grad():
+            torch.testing.assert_close(compiled(x), model(x), rtol=1e-4, atol=1e-5)
+        for gate in gates.values():
+            assert not gate.weight[masked_entries(gate)].any()
+
+
 @pytest.mark.parametrize("half", [False, True])
 def test_an_ordinary_step_does_not_walk_over_masked_blocks(half, monkeypatch):
     model = MLP()

@@ -133,7 +133,8 @@ def test_on_a_gpu_a_kernel_that_cannot_be_tuned_is_replaced_by_the_dense_product
         raise KernelBuildError("no tile runs", "out of registers", "Choose smaller blocks")
 
     triton.crossover = fail
-    lists = cc.gates(nn.Linear(96, 64), BLOCK)["weight"].lists
+    layer = nn.Linear(96, 64)
+    lists = cc.gates(layer, BLOCK)["weight"].lists
     with FakeTensorMode():
         x, weight, grad = (torch.empty(shape, device=CUDA) for shape in ((8, 96), (64, 96), (8, 64)))
         with pytest.warns(RuntimeWarning, match="densely: no tile runs"):

@@ -9,9 +9,10 @@ price       νPI feedback on what the model of the cost misses
 coupling    which blocks are useless while others are off
 rating      how blocks are rated against one another
 decide      which blocks stay, go, come back
-probes      which inactive blocks have their gradient measured next
+probes      which inactive blocks have their gradient measured next, and telling the gates
 controller  the pieces composed: measure → settle → ramp → price → decide → act
 checkpoint  exact resume
+host        decisions are made on the CPU, whatever the default device
 
 Nothing here knows graphs, kernels or compilers.
 """

@@ -237,6 +237,12 @@ class Controller:
         ledger, ramp = self._ledger, self._ramp
         active = self._sent(self._blocks.active)
         self._signals.fold(active, self._heard, self._presumed())
+        if len(self.history) == 1 and not self._signals.reported().any():
+            log.warning(
+                "after %d steps no gated weight has had a finite gradient: nothing is pruned before one has. Gradients "
+                "taken by torch.autograd.grad(loss, parameters) leave out what blocks report; loss.backward() does not",
+                self.steps,
+            )
         masks, cost = self._masks(), self._cost()
         if not torch.equal(masks, self._blocks.active):
             self._signals.forget_(self._sent(masks ^ self._blocks.active))

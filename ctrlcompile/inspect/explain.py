@@ -171,7 +171,7 @@ def _explanation(module: nn.Module, visits: list[Visit]) -> Explanation:
             parameter = None if layer.weight is None else visit.parameters[layer.weight]
             name = names.get(id(parameter), layer.name)
             reached.add(name)
-            activation = visit.variant.activations.get(layer.node, "none")
+            activation = visit.lowering.activations.get(layer.node, "none")
             rows.append(_row(name, layer, parameter, gate, activation, dense))
     for prefix, child in module.named_modules():
         weight = child._parameters.get("weight") if isinstance(child, GATEABLE) else None
@@ -180,8 +180,8 @@ def _explanation(module: nn.Module, visits: list[Visit]) -> Explanation:
             reason = "not in a compiled graph that these inputs reach"
             rows.append(Row(name, prefix, tuple(weight.shape), False, reason, None, 1.0, "not compiled", 0.0, 0.0, ""))
     saved = sum(row.dense_flops - row.flops for row in rows)
-    saved += sum(visit.cost.skipped(visit.variant.kinds(visit.gates).live_shares) for visit in visits)
-    graphs = tuple(Graph(visit.variant.changes, _densities(visit)) for visit in visits)
+    saved += sum(visit.cost.skipped(visit.lowering.kinds(visit.gates).live_shares) for visit in visits)
+    graphs = tuple(Graph(visit.lowering.changes, _densities(visit)) for visit in visits)
     return Explanation(tuple(rows), graphs, dense_flops, dense_flops - saved, respecialize.model_error())
 
 
@@ -199,7 +199,7 @@ def _row(name: str, layer: Layer, parameter: Tensor | None, gate: Gate | None, a
         )  # fmt: skip
     types = (parameter.device, layer.x_dtype, parameter.dtype)
     reason = kernel_choice.why_no_kernel(*types, gate.block, activation, family=layer.family)
-    kernel = kernel_choice.kernel_name(*types, layer.family) if reason is None else f"dense ({reason})"
+    kernel = kernel_choice.kernel_name(*types) if reason is None else f"dense ({reason})"
     sources = kernel_choice.kernel_sources(*types, gate.block, activation, layer.family)
     used = dense * gate.active_share
     variants = respecialize.in_force(gate) if reason is None else {}

@@ -77,7 +77,7 @@ class Product:
         types = (weight.device, self.dtype, weight.dtype)
         family = kernel_choice.family_of(self.window, weight.shape[2:])
         reason = kernel_choice.why_no_kernel(*types, self.gate.block, self._activation, family=family)
-        return kernel_choice.kernel_name(*types, family) if reason is None else f"dense ({reason})"
+        return kernel_choice.kernel_name(*types) if reason is None else f"dense ({reason})"
 
     @property
     def dense_flops(self) -> float:

@@ -64,5 +64,6 @@ def check_compiled(visits: Sequence[Visit], who: str) -> None:
     if not visits:
         raise RuntimeError(
             "no graph of this model was compiled with backend='ctrlprune': pass the compiled model, "
-            f"cc.{who}(torch.compile(model, backend='ctrlprune'))(*inputs)"
+            f"cc.{who}(torch.compile(model, backend='ctrlprune'))(*inputs). Around an LSTM or a GRU PyTorch compiles "
+            "nothing unless torch._dynamo.config.allow_rnn is True"
         )
