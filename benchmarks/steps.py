@@ -46,8 +46,8 @@ import train_cifar
 import train_gpt
 
 RAMP_STEPS = 12  # of the controller's short run, before its steps are timed
-# Of a gated model, before its steps are timed: until variants of its products have been tried.
-WARM_UP = respecialize.FIRST_LOOK + 2 * (respecialize.TRIAL_TURNS + 1) + 1
+# Of a gated model, before its steps are timed: until two looks have had variants of its products tried.
+WARM_UP = respecialize.FIRST_LOOK + respecialize.LOOK_EVERY + 2 * (respecialize.TRIAL_TURNS + 1) + 1
 # GPT-2 has 50257 symbols; a multiple of 64 suits tensor cores, whichever the contestant.
 SIZES = {
     "cpu": {"layers": 6, "width": 768, "context": 256, "batch": 8, "symbols": 65},

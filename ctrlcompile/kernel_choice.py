@@ -275,4 +275,5 @@ def _try(types: Types) -> None:
     before = Before.of(x, backwards[activation]) if activation in backwards else None
     y, _ = kernel.forward(x, weight, None, lists, block, "none" if activation in backwards else activation, *window)
     kernel.dgrad(y, weight, lists, block, *window, *(size for _ in window), before)
-    kernel.wgrad(y, x, weight, lists, probes, block, *window)
+    for module in (kernel, _module(family.dense)):  # of which that builds, too, what it does after a dense product
+        module.wgrad(y, x, weight, lists, probes, block, *window)

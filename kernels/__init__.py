@@ -13,6 +13,8 @@ cpp_wgrad         generates it: weight gradient
 cpp_window        what both share: where the rows of a product find their inputs
 cpp_vectors       what both begin with: vector types, bfloat16, activations
 isa               instruction sets, and how a kernel fills their registers
+cpu_signals       what of a dense gradient is the gate's, and its signals
+cpp_signals       generates the C++ of that
 attention         attention by the kinds of its heads, on the CPU
 cpu_averages      what it runs for those without weights
 cpp_averages      generates the C++ of these

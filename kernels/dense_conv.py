@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import index_lists, reference
+from . import cpu_signals, index_lists, reference
 from .cpu_linear import supported as supported
 from .index_lists import Block, BlockLists
 from .window import Window, channels_last
@@ -44,9 +44,8 @@ def wgrad(
     in the weight's dtype, signals float32 `[2, R, C]` as `reference.conv_wgrad` has them, of the rounded gradient.
     """
     gradient = weight_gradient(grad_z, x, weight.to(x.dtype), window).flatten(1)
-    wide = gradient.to(torch.promote_types(gradient.dtype, torch.float32))  # sums of squares do not fit a half type
     sides = index_lists.matrix_block(block, weight.shape)
-    gradient, signals = reference.gate_gradient(wide, weight.flatten(1), index_lists.mask_of(lists), probes, sides)
+    gradient, signals = cpu_signals.gate_gradient(gradient, weight.flatten(1), lists, probes, sides)
     return gradient.view(weight.shape), signals
 
 

@@ -5,11 +5,10 @@ weight's masked blocks are taken to be zero, which a gate keeps true. Where some
 back (through `.data`), or an input is infinite, a masked block counts here as it does in any dense layer.
 """
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import index_lists, reference
+from . import cpu_signals, reference
 from .index_lists import Block, BlockLists
 
 
@@ -40,6 +39,4 @@ def wgrad(
     grad_z `[M, N]`, x `[M, K]`, weight `[N, K]`, probes int32 `[P]` padded with -1 -> grad_weight `[N, K]` in the
     weight's dtype, signals float32 `[2, R, C]` as `reference.linear_wgrad` has them, of the rounded gradient.
     """
-    gradient = grad_z.t() @ x
-    wide = gradient.to(torch.promote_types(gradient.dtype, torch.float32))  # sums of squares do not fit a half type
-    return reference.gate_gradient(wide, weight, index_lists.mask_of(lists), probes, block)
+    return cpu_signals.gate_gradient(grad_z.t() @ x, weight, lists, probes, block)
