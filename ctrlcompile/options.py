@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ctrlcompile.blocks import Block, BlockChoice, parse_block
-from ctrlcompile.controller.budget import Budget
+from ctrlcompile.controller.budget import Budget, parse_steps
 from ctrlcompile.gate import parse_patterns
 from ctrlcompile.respecialize import Mode, check_mode
 from ctrlcompile.run_log import check_folder
@@ -56,7 +56,7 @@ def parse(options: Mapping[str, Any] | None) -> Options:
     budget = given.get("budget")
     total_steps = given.get("total_steps")
     if total_steps is not None:
-        check_total_steps(total_steps)
+        total_steps = parse_steps("total_steps", total_steps)
         if budget is None:
             raise ValueError("total_steps says how long a budget has to last; give options={'budget': ..., ...} too")
     block: BlockChoice = given.get("block", "auto")
@@ -75,15 +75,6 @@ def parse(options: Mapping[str, Any] | None) -> Options:
         log=None if log is None else check_folder(log),
         respecialize=check_mode(given.get("respecialize", "auto")),
     )
-
-
-def check_total_steps(total_steps: Any) -> int:
-    """A positive int. Raises TypeError or ValueError otherwise."""
-    if isinstance(total_steps, bool) or not isinstance(total_steps, int):
-        raise TypeError(f"total_steps is the number of optimizer steps of the whole run, an int; got {total_steps!r}")
-    if total_steps <= 0:
-        raise ValueError(f"total_steps is the number of optimizer steps of the whole run, above 0; got {total_steps}")
-    return total_steps
 
 
 def inductor_patches(mode: str | None) -> dict[str, Any]:

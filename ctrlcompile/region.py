@@ -31,6 +31,8 @@ from ctrlcompile.passes.graph_edit import copy_graph, scopes
 
 logger = logging.getLogger(__name__)
 
+MANY = 4  # lowerings of one graph, from which on users are told
+
 Lower = Callable[[fx.GraphModule, Sequence[Any], bool], Callable[..., Any]]
 Division = tuple[Block | None, ...]  # the block of each weight of a region, None where it has no gate
 
@@ -204,6 +206,8 @@ class Region:
         lowering = self._lowerings.get(key)
         if lowering is None:
             logger.info("gated otherwise than the graph was compiled for (another instance, say): lowering it again")
+            if len(self._lowerings) == MANY:
+                _tell_of_many()
             lowering = self._lowerings[key] = self._build(gates, args, late=True)
         return lowering
 
@@ -230,6 +234,17 @@ def watch(*, gated: bool = True) -> Iterator[list[Visit]]:
         yield visits
     finally:
         _watcher.visits, _watcher.gated = None, True
+
+
+@functools.cache
+def _tell_of_many() -> None:
+    warnings.warn(
+        "ctrlcompile compiles a graph again for each size of its inputs, and keeps all of that: it was compiled for "
+        "layers gated otherwise. Make the gates, with the same blocks in all instances of a model, before the first "
+        "compiled call",
+        RuntimeWarning,
+        stacklevel=2,
+    )
 
 
 @functools.cache

@@ -23,7 +23,9 @@ def test_no_options_gate_with_every_block_active_and_no_controller():
 
 
 def test_given_values_arrive():
-    options = parse({"budget": 0.3, "total_steps": 70, "block": [8, 16], "exclude": ["*.head.*"], "strict": True})
+    options = parse(
+        {"budget": 0.3, "total_steps": torch.tensor(70), "block": [8, 16], "exclude": ["*.head.*"], "strict": True}
+    )
     assert options.budget == Budget(flops=0.3) == parse({"budget": Budget(flops=0.3)}).budget
     assert (options.total_steps, options.block, options.exclude) == (70, (8, 16), ("*.head.*",))
     assert options.strict

@@ -1,13 +1,24 @@
-"""What a run may use, and the ledger of what it has used so far."""
+"""What a run may use and in how many steps, and the ledger of what it has used so far."""
 
 from __future__ import annotations
 
 import math
+import operator
 from dataclasses import dataclass, field
 from numbers import Real
+from typing import Any
 
 ENDLESS = 10**9  # steps, so many that those before them do not count
 AVERAGE_STEPS = 100  # horizon of the average step, long against noise in the batch size, short against a curriculum
+
+
+def parse_steps(name: str, value: Any, unit: str = "optimizer steps of the whole run") -> int:
+    """A whole number of steps, 1 or more. Raises TypeError for what is none, ValueError for one below."""
+    if isinstance(value, bool) or not hasattr(value, "__index__"):
+        raise TypeError(f"{name} is the number of {unit}, an int; got {value!r}")
+    if (steps := operator.index(value)) < 1:
+        raise ValueError(f"{name} is the number of {unit}, above 0; got {value!r}")
+    return steps
 
 
 class BudgetError(ValueError):

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from . import checkpoint
-from .budget import Budget, Ledger
+from .budget import Budget, Ledger, parse_steps
 from .contract import Gate, Log, StepCost
 from .coupling import Lattice
 from .decide import Blocks, Decision, Exchange, decide, evenly, swap_limit
@@ -50,7 +50,7 @@ class Controller:
         log: told of each record, with the gates, when it is made; None: nobody.
 
     Raises:
-        ValueError: a wrong argument.
+        TypeError, ValueError: a wrong argument.
         BudgetError: after the first step, where the model cannot meet the budget; after the second, where it cannot
             because some weights turn out to be stepped by nobody.
     """
@@ -68,10 +68,10 @@ class Controller:
         driven: bool = False,
     ) -> None:
         self.budget = Budget.of(budget)
-        self.total_steps = None if total_steps is None else _positive("total_steps", total_steps, "optimizer steps")
+        self.total_steps = None if total_steps is None else parse_steps("total_steps", total_steps)
         length = self.total_steps or OPEN_ENDED
         default = min(50, max(5, length // 100))
-        self.interval = default if interval is None else _positive("interval", interval, "steps between decisions")
+        self.interval = default if interval is None else parse_steps("interval", interval, "steps between decisions")
         if not 0 <= min_density <= 1:
             raise ValueError(f"min_density: got {min_density!r}; allowed is 0 to 1, a share of each gate's blocks")
         if not gates:
@@ -417,9 +417,3 @@ class Controller:
 def _natural(name: str) -> list[int | str]:
     """To sort names by: numbers in them as numbers."""
     return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", name)]
-
-
-def _positive(name: str, value: Any, unit: str) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"{name}: got {value!r}; allowed is a whole number of {unit}, 1 or more")
-    return value
