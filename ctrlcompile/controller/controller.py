@@ -234,32 +234,40 @@ class Controller:
             self._ledger.check(self.budget, left, self._lowest(self._least if first else self._floor()), untrained)
 
     def _decide(self, left: int | None) -> None:
-        ledger, ramp = self._ledger, self._ramp
-        active = self._sent(self._blocks.active)
-        self._signals.fold(active, self._heard, self._presumed())
+        """Settle, ramp, price, decide and act; then the probes until the next decision."""
+        self._hear()
+        cost, floor = self._cost(), self._floor()
+        self._density = float(cost[self._blocks.active].sum())
+        wanted, take = self._plan(left, cost, floor)
+        self._next = self.steps + take
+        returned, dropped = self._act(self._choose(wanted, cost, floor)) if self._ramp.started >= 0 else (0, 0)
+        self._decided = self.steps
+        self._plan_probes(take, wanted, cost)
+        self._note(wanted, returned, dropped)
+
+    def _hear(self) -> None:
+        """Folds what has been reported since the last decision, and takes in what users have switched."""
+        self._signals.fold(self._sent(self._blocks.active), self._heard, self._presumed())
         if len(self.history) == 1 and not self._signals.reported().any():
             log.warning(
                 "after %d steps no gated weight has had a finite gradient: nothing is pruned before one has. Gradients "
                 "taken by torch.autograd.grad(loss, parameters) leave out what blocks report; loss.backward() does not",
                 self.steps,
             )
-        masks, cost = self._masks(), self._cost()
+        masks = self._masks()
         if not torch.equal(masks, self._blocks.active):
             self._signals.forget_(self._sent(masks ^ self._blocks.active))
             self._blocks.switch_(masks, self.steps)
-            active = self._sent(masks)
-        self._density = float(cost[self._blocks.active].sum())
+
+    def _plan(self, left: int | None, cost: Tensor, floor: Tensor) -> tuple[float, int]:
+        """The mean share of the gateable FLOPs until the next decision, and the steps until then; see `Ramp.plan`."""
+        ledger, ramp = self._ledger, self._ramp
         if left is None and ramp.progress < 1:
             ledger.forgive()
         allowed = ledger.allowed(self.budget, left or OPEN_ENDED)
-        floor = self._floor()
-        saturating = self._lattice.normalised[self._layout.gate_of]
-        worth = self._signals.benefit(active, self._heard).cpu()
-        worth = self._lattice.weigh(worth, self._blocks.active, cost)
-
         if ramp.progress < 1:
             share = min(0.9, max(0.1, allowed / max(ramp.level, 1e-12)))
-            self.settled = self._signals.settled(active, self._sent(cost), share)
+            self.settled = self._signals.settled(self._sent(self._blocks.active), self._sent(cost), share)
         before = ramp.started, ramp.progress
         wanted, take = ramp.plan(
             self.steps,
@@ -269,9 +277,8 @@ class Controller:
             total_steps=self.total_steps,
             first=self._slow,
             least=ledger.gated_at(self._lowest(floor)) / ledger.gated,
-            normalised=float(cost[saturating].sum()),
+            normalised=float(cost[self._saturating()].sum()),
         )
-        self._next = self.steps + take
         if before[0] < 0 <= ramp.started:
             log.info("step %d: dense warm-up ends, gradients settled to %.2f", self.steps, self.settled)
         if before[1] < 1 <= ramp.progress:
@@ -281,37 +288,29 @@ class Controller:
             planned = self._planned * self._since[1]
             self._feedback.update((self._since[0] - planned) / planned)
         self._planned, self._since = wanted, [0.0, 0.0]
+        return wanted, take
 
-        returned = dropped = 0
-        if ramp.started >= 0:
-            may_come = swap_limit(self.steps, self.steps - self._decided, self.total_steps) * wanted
-            ask = self._feedback.ask(wanted)
-            held = ~self._signals.reported().cpu()
-            decision = decide(
-                self._blocks,
-                worth,
-                cost,
-                self._layout,
-                step=self.steps,
-                ask=ask,
-                dwell=self._dwell,
-                swap=self._exchange.grant(may_come, float(cost.max())),
-                least=evenly(
-                    ask,
-                    torch.where(held, self._layout.lengths, floor),
-                    self._blocks.active,
-                    worth,
-                    cost,
-                    self._layout,
-                    apart=self._lattice.normalised,
-                ),
-                held=held[self._layout.gate_of],
-                saturating=saturating,
-            )
-            returned, dropped = self._act(decision)
-        self._decided = self.steps
-        self._plan_probes(take, wanted, cost)
-        self._note(wanted, returned, dropped)
+    def _choose(self, wanted: float, cost: Tensor, floor: Tensor) -> Decision:
+        """The blocks that are worth most for what they cost, within what may go and come back."""
+        active = self._blocks.active
+        worth = self._lattice.weigh(self._signals.benefit(self._sent(active), self._heard).cpu(), active, cost)
+        may_come = swap_limit(self.steps, self.steps - self._decided, self.total_steps) * wanted
+        ask = self._feedback.ask(wanted)
+        held = ~self._signals.reported().cpu()
+        least = torch.where(held, self._layout.lengths, floor)
+        return decide(
+            self._blocks,
+            worth,
+            cost,
+            self._layout,
+            step=self.steps,
+            ask=ask,
+            dwell=self._dwell,
+            swap=self._exchange.grant(may_come, float(cost.max())),
+            least=evenly(ask, least, active, worth, cost, self._layout, apart=self._lattice.normalised),
+            held=held[self._layout.gate_of],
+            saturating=self._saturating(),
+        )
 
     def _note(self, wanted: float, returned: int, dropped: int) -> None:
         record = {
@@ -363,6 +362,10 @@ class Controller:
         return decided.to(self._device, non_blocking=True)
 
     # ---------------------------------------------------------------- flat views of the gates
+
+    def _saturating(self) -> Tensor:
+        """bool [N]: blocks before a batch norm."""
+        return self._lattice.normalised[self._layout.gate_of]
 
     def _presumed(self) -> Tensor | None:
         """‖w‖/√n [N] of blocks before a batch norm, 0 of others; the same on all replicas. None: there are none."""
