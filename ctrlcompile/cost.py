@@ -188,10 +188,15 @@ def _scratch(mode: FakeTensorMode) -> Iterator[None]:
     # A checkpoint around the compiled call has saved-tensor hooks, which must not see fake tensors. Without any, none
     # are added: `torch.func.grad` refuses them.
     hooks: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
-    if torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
+    if _saved_tensors_are_hooked():
         hooks = torch.autograd.graph.saved_tensors_hooks(untouched, untouched)
-    with mode, fresh, hooks:
+    # The graph may change the grad mode, and leave it so.
+    with mode, fresh, hooks, torch.set_grad_enabled(torch.is_grad_enabled()):
         yield
+
+
+def _saved_tensors_are_hooked() -> bool:
+    return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
 
 
 @dataclass
@@ -252,7 +257,8 @@ class Meter:
         self.listening = False
         self._counters: weakref.WeakSet[Counter] = weakref.WeakSet()
         self._gateless = _Account()
-        self._forwards: dict[int, int] = {}  # since the last step: calls outside backward, by id of their cost
+        # Since the last step: calls inside checkpoints that will make them again, by ids of their cost and gates.
+        self._checkpointed: dict[tuple[int, ...], int] = {}
         self._unclaimed: dict[tuple[int, ...], _Account] = {}  # by ids of gates, which the account keeps alive
 
     def counter(self, gates: Iterable[Gate]) -> Counter:
@@ -290,7 +296,7 @@ class Meter:
         `gates` are those of its layers, in order, `coupled` says how; `skipped` is what its attentions saved; `wanted`
         says that a counter may yet come for gates that have none.
         """
-        if self._is_recomputed(cost):
+        if self._is_recomputed((id(cost), *map(id, gates))):
             return
         if self._gateless.closed:
             self._gateless = _Account()
@@ -321,15 +327,21 @@ class Meter:
         for waiting in self._unclaimed.values():
             waiting.closed = waiting.closed or not gates.isdisjoint(waiting.gated)
         account, self._gateless = self._gateless, _Account()
-        self._forwards.clear()
+        self._checkpointed.clear()
         return account
 
-    def _is_recomputed(self, cost: BoundCost) -> bool:
-        """Whether a call computes again, for backward, what an earlier one has computed: inside a checkpoint."""
-        earlier = self._forwards.get(id(cost), 0)
-        inside_backward = torch._C._current_graph_task_id() >= 0
-        self._forwards[id(cost)] = max(0, earlier - 1) if inside_backward else earlier + 1
-        return inside_backward and earlier > 0
+    def _is_recomputed(self, call: tuple[int, ...]) -> bool:
+        """Whether a call makes one again, for backward, that counts already.
+
+        That is one under saved-tensor hooks, as a checkpoint's forward pass is. A reentrant one's has no gradients.
+        """
+        earlier = self._checkpointed.get(call, 0)
+        if torch._C._current_graph_task_id() >= 0:
+            self._checkpointed[call] = max(0, earlier - 1)
+            return earlier > 0
+        if _saved_tensors_are_hooked():
+            self._checkpointed[call] = earlier + 1
+        return False
 
     def _all_counted(self, gates: Iterable[Gate]) -> bool:
         return all(any(gate in counter.gates for counter in self._counters) for gate in gates)

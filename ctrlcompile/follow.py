@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from ctrlcompile import respecialize, run_log
-from ctrlcompile.controller import Controller
+from ctrlcompile.controller import BudgetError, Controller
 from ctrlcompile.cost import meter
 from ctrlcompile.gate import Gate, registry
 from ctrlcompile.options import Options
@@ -32,29 +32,45 @@ KEEP_ZERO: tuple[type[torch.optim.Optimizer], ...] = (
     torch.optim.Adadelta, torch.optim.Adagrad, torch.optim.RMSprop,
 )  # fmt: skip
 
+LEAST_LEFT = 0.1  # of a run, for layers that come late: in less there is nothing to choose by
+
 _wanted: weakref.WeakKeyDictionary[Gate, Options] = weakref.WeakKeyDictionary()
 _in_the_open: weakref.WeakKeyDictionary[Gate, weakref.ref[Controller]] = weakref.WeakKeyDictionary()
-_told_of: weakref.WeakSet[Gate] = weakref.WeakSet()
+_told_of: weakref.WeakSet[Gate] = weakref.WeakSet()  # that they came too late
 _ran: set[bool] = set()  # since the last optimizer step, graphs with a budget: with a gate, without one
 
 
 class _Run:
-    """A controller of the one-line form, and the optimizers that have stepped its gates in this round.
+    """A controller of the one-line form, its gates, and those of them that were stepped in this round.
 
-    It lives as long as its gates do, which hold it: another optimizer may take the run over.
+    It lives as long as its gates do, which hold it: another optimizer may take the run over. `late` says that it began
+    after its optimizer had.
     """
 
-    def __init__(self, controller: Controller, gates: Iterable[Gate]) -> None:
-        self.controller = controller
-        for gate in gates:
+    def __init__(self, controller: Controller, gates: Iterable[Gate], late: bool) -> None:
+        self.controller, self.gates, self._late = controller, list(gates), late
+        for gate in self.gates:
             gate.run = self
-        self._stepped: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
+        self._stepped: set[Gate] = set()
 
-    def stepped_by(self, optimizer: torch.optim.Optimizer) -> None:
-        if not self._stepped or optimizer in self._stepped:
+    def step(self, stepped: Iterable[Gate]) -> None:
+        """Takes in that an optimizer has stepped these gates, some of them its own."""
+        own = {gate for gate in stepped if gate.run is self}
+        if not self._stepped or not own.isdisjoint(self._stepped):
             self._stepped.clear()
+            self._advance()
+        self._stepped |= own
+
+    def _advance(self) -> None:
+        try:
             self.controller.advance()
-        self._stepped.add(optimizer)
+        except BudgetError:
+            if not self._late:
+                raise
+            self.controller.close()  # the rest of the run is too short for it
+            for gate in self.gates:
+                gate.run = None
+            _warn_late(self.gates)
 
 
 def adopt(gate: Gate, options: Options) -> None:
@@ -120,24 +136,24 @@ def _after_step(optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs:
     if newcomers:
         _start(newcomers, max((run.controller.steps for run in _runs(gates)), default=0))
     for run in _runs(gates):
-        run.stepped_by(optimizer)
-    for gate, outcome in respecialize.at_boundary(gates, lambda gate: _steps_left(gate, optimizer)):
-        controller = _controller(gate, optimizer)
+        run.step(gates)
+    for gate, outcome in respecialize.at_boundary(gates, _steps_left):
+        controller = _controller(gate)
         if controller is not None and isinstance(controller.log, run_log.RunLog):
             step = controller.steps + (not controller.driven)  # one in the open is told of a step after the optimizer's
             controller.log.respecialized(step, gate, outcome)
 
 
-def _controller(gate: Gate, optimizer: torch.optim.Optimizer) -> Controller | None:
+def _controller(gate: Gate) -> Controller | None:
     """That of the run which a gate is part of."""
     reference = _in_the_open.get(gate)
     own = None if reference is None else reference()
     return own or (None if gate.run is None else gate.run.controller)
 
 
-def _steps_left(gate: Gate, optimizer: torch.optim.Optimizer) -> int | None:
+def _steps_left(gate: Gate) -> int | None:
     """Of the run that a gate is part of; None where nobody said how long it is."""
-    controller = _controller(gate, optimizer)
+    controller = _controller(gate)
     return None if controller is None or controller.total_steps is None else controller.total_steps - controller.steps
 
 
@@ -148,6 +164,7 @@ def _runs(gates: list[Gate]) -> list[_Run]:
 
 def _start(newcomers: list[Gate], done: int) -> None:
     """Begins runs for gates without one, and for those in the same graphs, after so many steps of their optimizer."""
+    newcomers = [gate for gate in newcomers if gate not in _told_of]
     together = meter.together(newcomers)
     if any(gate.run is not None for gate in together):  # a second controller of one graph would not divide, but haggle
         _warn_late(newcomers)
@@ -159,10 +176,14 @@ def _start(newcomers: list[Gate], done: int) -> None:
             named[gate.name if gate.name not in named else f"{gate.name}#{len(named)}"] = gate
     for options, named in groups.items():
         assert options.budget is not None
-        left = None if options.total_steps is None else max(1, options.total_steps - done)
+        total = options.total_steps
+        if done and total is not None and total - done < LEAST_LEFT * total:
+            _warn_late(list(named.values()))
+            continue
+        left = None if total is None else total - done
         controller = Controller(named, meter.counter(named.values()), options.budget, left, driven=True)
         controller.log = None if done else run_log.start(options.log, controller)  # a log is of one controller
-        _Run(controller, named.values())
+        _Run(controller, named.values(), late=done > 0)
         logger.info("a controller drives %d gates", len(named))
 
 
@@ -177,17 +198,16 @@ def _warn_two_budgets(ignored: float, budget: float) -> None:
 
 
 def _warn_late(late: list[Gate]) -> None:
-    """Once for each gate that has come after its optimizer's first step."""
-    new = [gate.name for gate in late if gate not in _told_of]
+    """Of gates that have come after their optimizer's first step, and that are dense from now on."""
     _told_of.update(late)
-    if new:
-        warnings.warn(
-            f"ctrlcompile trains {', '.join(new[:3])}{' ...' if len(new) > 3 else ''} densely, at the other layers' "
-            "expense: they were trained for the first time when the budget of the graph that they are in had been "
-            "divided. Make a ctrlcompile.Controller from the model, which has all layers from the start",
-            RuntimeWarning,
-            stacklevel=2,
-        )
+    names = [gate.name for gate in late]
+    warnings.warn(
+        f"ctrlcompile trains {', '.join(names[:3])}{' ...' if len(names) > 3 else ''} densely: they were trained for "
+        "the first time when the budget of their graph had been divided among its other layers, or too near the end of "
+        "the run. Make a ctrlcompile.Controller from the model, which has all layers from the start",
+        RuntimeWarning,
+        stacklevel=2,
+    )
 
 
 @functools.cache

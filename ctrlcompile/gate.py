@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import unserializable_hook
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from ctrlcompile import pictures
@@ -82,7 +83,9 @@ class Gate:
         self._weight = weakref.ref(weight)
         self._optimizer: weakref.ref[torch.optim.Optimizer] | None = None
         self._known = _values(weight)  # when masked blocks were last known to be zero
-        self._computed: tuple[int, int] | None = None  # where the kernels' last gradient lies, and its version
+        self._computed: tuple[Tensor, int] | None = (
+            None  # the kernels' last gradient until autograd has it, its version
+        )
         self._gradients: set[bool] = set()  # that came since the last step: whether they were the kernels', all of them
         self._sample: Tensor | None = None  # a masked block of the weight, chosen anew when it or the mask changes
         self._reports = False
@@ -182,11 +185,12 @@ class Gate:
             )
         if self._known != _values(self.weight) or (not torch.is_grad_enabled() and self._is_written_to()):
             self.enforce_()
+        self._computed = None
         self._report()
 
     def computed(self, gradient: Tensor) -> None:
         """Notes what the kernels computed as the weight's gradient, which is zero in masked blocks."""
-        self._computed = gradient.data_ptr(), gradient._version
+        self._computed = gradient, gradient._version
 
     def owned_by(self, optimizer: torch.optim.Optimizer) -> None:
         """Remembers the optimizer that holds the weight's state, which goes with a block."""
@@ -201,7 +205,8 @@ class Gate:
         through `weight.data`, or into the gradient before the step.
         """
         self.owned_by(optimizer)
-        if not keeps_zero or self.read_otherwise or self._gradients != {True} or self._is_written_to():
+        moved = self._known[1] != self.weight.data_ptr()
+        if not keeps_zero or self.read_otherwise or self._gradients != {True} or moved or self._is_written_to():
             self.enforce_()
         self._known = _values(self.weight)
         self._gradients.clear()
@@ -261,10 +266,20 @@ class Gate:
         self.signals.requires_grad_(True)
         self.weight.register_hook(self._note_gradient)
 
-    def _note_gradient(self, gradient: Tensor) -> None:
-        # Autograd adds what comes from elsewhere to a copy, or in place, which raises the version.
-        self._gradients.add(self._computed == (gradient.data_ptr(), gradient._version))
-        self._computed = None
+    @unserializable_hook  # a copy of the model in another process has gates of its own, if any
+    def _note_gradient(self, gradient: Tensor | None) -> None:
+        if gradient is None:  # the weight was used, but not for what was differentiated
+            return
+        # Autograd adds what comes from elsewhere to a copy, or in place, which raises the version. What a GPU's
+        # autocast has cast back to the weight's type cannot be told.
+        ours, self._computed = self._computed, None
+        self._gradients.add(
+            ours is not None
+            and (
+                ours[0].dtype != gradient.dtype
+                or (ours[0].data_ptr(), ours[1]) == (gradient.data_ptr(), gradient._version)
+            )
+        )
 
     def _is_written_to(self) -> bool:
         """Whether a masked block, one of them, is not zero.

@@ -4,6 +4,7 @@ import copy
 import subprocess
 import sys
 import textwrap
+from multiprocessing.reduction import ForkingPickler
 
 import pytest
 import torch
@@ -241,6 +242,21 @@ def test_what_a_checkpoint_computes_again_does_not_count(around):
     assert controller.flops_dense == 3 * 6 * 16 * 2 * 64 * 96
 
 
+def test_instances_of_which_every_second_is_in_a_reentrant_checkpoint_all_count():
+    models = [MLP(64, 96, 64) for _ in range(4)]
+    runs = [torch.compile(model, backend="ctrlprune", options=OPTIONS) for model in models]
+    parameters = [parameter for model in models for parameter in model.parameters()]
+    optimizer = torch.optim.SGD(parameters, 0.01)
+    controller = cc.Controller(nn.ModuleList(models), budget=0.5, optimizer=optimizer, block=8)
+    x = torch.randn(16, 64, requires_grad=True)
+    for number, run in enumerate(runs):
+        x = checkpoint(run, x, use_reentrant=True) if number % 2 else run(x)
+    x.square().mean().backward()
+    optimizer.step()
+    controller.step()
+    assert controller.flops_dense == 4 * 6 * 16 * 2 * 64 * 96
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64, torch.float16])
 def test_models_in_other_types_are_right_gated_or_not(dtype):
     model = MLP().to(dtype)
@@ -388,6 +404,60 @@ def test_a_look_at_the_gates_of_a_running_model_does_not_lower_it_again(caplog):
         gate.update_(random_mask(gate.grid))
         torch.testing.assert_close(run(x), model(x), rtol=1e-4, atol=1e-5)
         assert [row.gated for row in cc.explain(run)(x).rows] == [True, True]
+
+
+class Branches(nn.Module):
+    """Gated layers that the loss does not depend on."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc, self.detached, self.target = nn.Linear(40, 40), nn.Linear(40, 40), nn.Linear(40, 40)
+
+    def forward(self, x):
+        with torch.no_grad():
+            target = self.target(x)
+        return (self.fc(x) + self.detached(x).detach() - target).square()
+
+
+def test_layers_that_the_loss_does_not_depend_on_train_nothing_and_are_in_nobodys_way():
+    model = Branches()
+    run, _ = compiled_and_pruned(model)
+    optimizer = torch.optim.AdamW(model.parameters())
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    for _ in range(2):
+        x = torch.randn(6, 40)
+        torch.testing.assert_close(run(x), model(x), rtol=1e-4, atol=1e-5)
+        run(x).mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    changed = {name.split(".")[0] for name, parameter in model.named_parameters() if not parameter.equal(before[name])}
+    assert changed == {"fc"}
+
+
+def test_a_graph_that_leaves_gradients_off_is_compiled_with_them():
+    class Switches(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc1, self.fc2 = nn.Linear(40, 40), nn.Linear(40, 40)
+
+        def forward(self, x):
+            y = self.fc1(x).relu()
+            torch.set_grad_enabled(False)
+            return y, self.fc2(y)
+
+    run = torch.compile(Switches(), backend="ctrlprune", options=OPTIONS)
+    try:
+        y, z = run(torch.randn(6, 40))
+    finally:
+        torch.set_grad_enabled(True)
+    assert (y.requires_grad, z.requires_grad) == (True, False)
+
+
+def test_a_gated_model_can_be_sent_to_another_process_without_a_warning(recwarn):
+    model = MLP()
+    cc.gates(model, 8)
+    ForkingPickler.dumps(model)
+    assert not [warning for warning in recwarn if "hook" in str(warning.message)]
 
 
 def test_an_encoder_that_takes_its_fast_path_in_evaluation():

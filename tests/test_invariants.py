@@ -189,13 +189,31 @@ def overwrite(model):
         parameter.data.copy_(torch.randn_like(parameter))
 
 
-@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def replace(model):
+    for parameter in model.parameters():
+        parameter.data = torch.randn_like(parameter)
+
+
+OTHERS = {
+    "another reader in the graph": (Tied, None, None),
+    "a penalty outside the graph": (MLP, pull, None),
+    "noise on the gradient": (MLP, None, add_noise),
+    "written as data": (MLP, None, overwrite),
+    "other data": (MLP, None, replace),
+}
+
+
 @pytest.mark.parametrize(
-    ("make", "penalty", "meddle"),
-    [(Tied, None, None), (MLP, pull, None), (MLP, None, add_noise), (MLP, None, overwrite)],
-    ids=["another reader in the graph", "a penalty outside the graph", "noise on the gradient", "written as data"],
+    ("what", "looks"),
+    [*((what, True) for what in OTHERS), *((what, False) for what in list(OTHERS)[:2]), ("other data", False)],
 )
-def test_masked_blocks_are_zero_after_a_step_whatever_else_writes_or_trains_the_weight(make, penalty, meddle, momentum):
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_masked_blocks_are_zero_after_a_step_whatever_else_writes_or_trains_the_weight(
+    what, looks, momentum, monkeypatch
+):
+    if not looks:  # at a block, as on a GPU
+        monkeypatch.setattr(cc.Gate, "_is_written_to", lambda gate: False)
+    make, penalty, meddle = OTHERS[what]
     model = make()
     gates = cc.gates(model, 8)
     prune_(gates.values())
@@ -229,6 +247,23 @@ def test_a_model_given_other_values_behind_autograds_back_computes_in_evaluation
             torch.testing.assert_close(compiled(x), model(x), rtol=1e-4, atol=1e-5)
         for gate in gates.values():
             assert not gate.weight[masked_entries(gate)].any()
+
+
+def test_a_gradient_from_elsewhere_where_the_last_ones_memory_was_is_noticed(monkeypatch):
+    monkeypatch.setattr(cc.Gate, "_is_written_to", lambda gate: False)
+    model = MLP()
+    gates = cc.gates(model, 8)
+    prune_(gates.values())
+    compiled = torch.compile(model, backend="ctrlprune")
+    optimizer = torch.optim.SGD(model.parameters(), 0.01)
+    for _ in range(5):
+        x = torch.randn(16, 40, requires_grad=True)
+        torch.autograd.grad(compiled(x).sum(), x)  # computes the weights' gradients, too, for nobody
+        optimizer.zero_grad()
+        model(x).square().mean().backward()
+        optimizer.step()
+        for gate in gates.values():
+            assert_zero_where_masked(gate, optimizer)
 
 
 @pytest.mark.parametrize("half", [False, True])

@@ -226,7 +226,7 @@ class Controller:
         self._ledger.add(dense, fixed, used, gated)
         self._since[0] += used - fixed
         self._since[1] += sum(gated)
-        if self._ledger.measured <= 2:
+        if self._ledger.measured <= 2 and (self.total_steps is None or self.steps <= self.total_steps):
             # In the first step, an optimizer whose turn comes later has not been seen yet.
             first = self._ledger.measured == 1
             untrained = [] if first else [name for name, gate in self.gates.items() if not gate.trained]
