@@ -82,7 +82,7 @@ def obstacle(node: fx.Node) -> str | None:
         return "inside a transformation of torch.func, such as vmap"
     x, weight, bias = operands(node)
     if not weight.meta["example_value"].is_floating_point():
-        return "its weight is not of real numbers"
+        return f"its weight is of {weight.meta['example_value'].dtype}"
     if free_unbacked_symbols(x.meta["example_value"]):
         return "the size of its input depends on values in the same graph"
     if (
