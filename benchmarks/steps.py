@@ -45,7 +45,7 @@ sys.path.append(str(Path(__file__).parents[1] / "examples"))
 import train_cifar
 import train_gpt
 
-RAMP_STEPS = 30  # of the controller's short run, before its steps are timed; it decides after each
+RAMP = 0.45  # part of the controller's short run that is over before its steps are timed; it decides after each
 INTERVAL, SHARE_STEPS = 10, 20  # between its decisions from then on; of which its share is taken
 # Of a gated model, before its steps are timed: until two looks have had variants of its products tried.
 WARM_UP = respecialize.FIRST_LOOK + respecialize.LOOK_EVERY + 2 * (respecialize.TRIAL_TURNS + 1) + 1
@@ -179,8 +179,9 @@ def main() -> None:
     for density in args.densities:
         entrants[f"density {density:g}"] = functools.partial(Contestant, work, device, "ctrlprune", density)
     if not args.no_controller:
-        steps = RAMP_STEPS + args.steps + 2 * SHARE_STEPS  # towards a run's end it would decide more often
-        entrants["controller"] = lambda: Contestant(work, device, "ctrlprune", budget=0.4, steps=steps)
+        timed = args.steps + 2 * SHARE_STEPS  # towards a run's end it would decide more often
+        ramp = max(WARM_UP, math.ceil(RAMP / (1 - RAMP) * timed))
+        entrants["controller"] = lambda: Contestant(work, device, "ctrlprune", budget=0.4, steps=ramp + timed)
 
     contestants: dict[str, Contestant] = {}
     console, started = Console(stderr=True), time.monotonic()
@@ -190,7 +191,7 @@ def main() -> None:
         torch._dynamo.reset()
         contestants[name] = contestant = make()
         tried = name not in dense and device.type == "cpu"
-        for _ in range(RAMP_STEPS if contestant.controller else WARM_UP if tried else 2):
+        for _ in range(ramp if contestant.controller else WARM_UP if tried else 2):
             contestant.step(*work.batch())
         contestant.seconds.clear()
         if contestant.controller is not None:

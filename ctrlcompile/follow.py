@@ -3,14 +3,14 @@ kernels are respecialised.
 
 One global hook serves all optimizers. In the one-line form a controller is made at the first step of an optimizer that
 owns gated Parameters: for these and for those in the same graphs, which other optimizers may own (Muon for matrices and
-AdamW for the rest, say). It runs once in a round, in which each optimizer steps once at most.
+AdamW for the rest, say). It runs once in a round, in which each gate is stepped by one gradient.
 """
 
 import functools
 import logging
 import warnings
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -41,7 +41,7 @@ _ran: set[bool] = set()  # since the last optimizer step, graphs with a budget: 
 
 
 class _Run:
-    """A controller of the one-line form, its gates, and those of them that were stepped in this round.
+    """A controller of the one-line form, its gates, and who has stepped them in this round.
 
     It lives as long as its gates do, which hold it: another optimizer may take the run over. `late` says that it began
     after its optimizer had.
@@ -52,14 +52,21 @@ class _Run:
         for gate in self.gates:
             gate.run = self
         self._stepped: set[Gate] = set()
+        self._by: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
 
-    def step(self, stepped: Iterable[Gate]) -> None:
-        """Takes in that an optimizer has stepped these gates, some of them its own."""
-        own = {gate for gate in stepped if gate.run is self}
-        if not self._stepped or not own.isdisjoint(self._stepped):
+    def step(self, optimizer: torch.optim.Optimizer, stepped: Mapping[Gate, bool]) -> None:
+        """Takes in that an optimizer has stepped these gates, some of them its own; True: by a gradient since the last.
+
+        Without one it belongs to the same round: of optimizers around one another the inner one's hook comes first.
+        """
+        own = {gate: anew for gate, anew in stepped.items() if gate.run is self}
+        again = any(anew and gate in self._stepped for gate, anew in own.items())
+        if not self._stepped or again or optimizer in self._by:
             self._stepped.clear()
+            self._by.clear()
             self._advance()
-        self._stepped |= own
+        self._stepped.update(own)
+        self._by.add(optimizer)
 
     def _advance(self) -> None:
         try:
@@ -130,13 +137,12 @@ def _after_step(optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs:
         meter.end_step_without_gates()
         return
     keeps_zero = type(optimizer) in KEEP_ZERO
-    for gate in gates:
-        gate.stepped_by(optimizer, keeps_zero=keeps_zero)
+    anew = {gate: gate.stepped_by(optimizer, keeps_zero=keeps_zero) for gate in gates}
     newcomers = [gate for gate in gates if gate.run is None and gate in _wanted]
     if newcomers:
         _start(newcomers, max((run.controller.steps for run in _runs(gates)), default=0))
     for run in _runs(gates):
-        run.step(gates)
+        run.step(optimizer, anew)
     for gate, outcome in respecialize.at_boundary(gates, _steps_left):
         controller = _controller(gate)
         if controller is not None and isinstance(controller.log, run_log.RunLog):
@@ -164,7 +170,8 @@ def _runs(gates: list[Gate]) -> list[_Run]:
 
 def _start(newcomers: list[Gate], done: int) -> None:
     """Begins runs for gates without one, and for those in the same graphs, after so many steps of their optimizer."""
-    newcomers = [gate for gate in newcomers if gate not in _told_of]
+    if done:
+        newcomers = [gate for gate in newcomers if gate not in _told_of]
     together = meter.together(newcomers)
     if any(gate.run is not None for gate in together):  # a second controller of one graph would not divide, but haggle
         _warn_late(newcomers)
@@ -198,9 +205,11 @@ def _warn_two_budgets(ignored: float, budget: float) -> None:
 
 
 def _warn_late(late: list[Gate]) -> None:
-    """Of gates that have come after their optimizer's first step, and that are dense from now on."""
+    """Once of each gate that has come after its optimizer's first step, and is dense from now on."""
+    names = [gate.name for gate in late if gate not in _told_of]
     _told_of.update(late)
-    names = [gate.name for gate in late]
+    if not names:
+        return
     warnings.warn(
         f"ctrlcompile trains {', '.join(names[:3])}{' ...' if len(names) > 3 else ''} densely: they were trained for "
         "the first time when the budget of their graph had been divided among its other layers, or too near the end of "

@@ -83,9 +83,8 @@ class Gate:
         self._weight = weakref.ref(weight)
         self._optimizer: weakref.ref[torch.optim.Optimizer] | None = None
         self._known = _values(weight)  # when masked blocks were last known to be zero
-        self._computed: tuple[Tensor, int] | None = (
-            None  # the kernels' last gradient until autograd has it, its version
-        )
+        # The kernels' last gradient, until autograd has it, and its version; None where it will be cast on its way.
+        self._computed: tuple[Tensor | None, int] | None = None
         self._gradients: set[bool] = set()  # that came since the last step: whether they were the kernels', all of them
         self._sample: Tensor | None = None  # a masked block of the weight, chosen anew when it or the mask changes
         self._reports = False
@@ -190,27 +189,31 @@ class Gate:
 
     def computed(self, gradient: Tensor) -> None:
         """Notes what the kernels computed as the weight's gradient, which is zero in masked blocks."""
-        self._computed = gradient, gradient._version
+        self._computed = gradient if gradient.dtype == self.weight.dtype else None, gradient._version
 
     def owned_by(self, optimizer: torch.optim.Optimizer) -> None:
         """Remembers the optimizer that holds the weight's state, which goes with a block."""
         self._optimizer = weakref.ref(optimizer)
 
-    def stepped_by(self, optimizer: torch.optim.Optimizer, *, keeps_zero: bool) -> None:
+    def stepped_by(self, optimizer: torch.optim.Optimizer, *, keeps_zero: bool) -> bool:
         """Takes note of an optimizer's step: it owns the weight's state, and masked blocks are zero after it.
 
         keeps_zero: a step of this optimizer leaves an entry zero whose weight, gradient and state are zero. Even so,
         blocks are zeroed where a gradient was not the kernels' alone: a penalty on the weights that is not part of the
         compiled graph, say, or another reader of the weight that is. And where a masked block is found written to:
         through `weight.data`, or into the gradient before the step.
+
+        Returns whether a gradient had come since the last step.
         """
         self.owned_by(optimizer)
         moved = self._known[1] != self.weight.data_ptr()
         if not keeps_zero or self.read_otherwise or self._gradients != {True} or moved or self._is_written_to():
             self.enforce_()
         self._known = _values(self.weight)
+        anew = bool(self._gradients)
         self._gradients.clear()
         self._computed = None
+        return anew
 
     @property
     def trained(self) -> bool:
@@ -272,14 +275,13 @@ class Gate:
             return
         # Autograd adds what comes from elsewhere to a copy, or in place, which raises the version. What a GPU's
         # autocast has cast back to the weight's type cannot be told.
-        ours, self._computed = self._computed, None
-        self._gradients.add(
-            ours is not None
-            and (
-                ours[0].dtype != gradient.dtype
-                or (ours[0].data_ptr(), ours[1]) == (gradient.data_ptr(), gradient._version)
-            )
-        )
+        noted, self._computed = self._computed, None
+        if noted is None:
+            self._gradients.add(False)
+        else:
+            ours, version = noted
+            same = ours is None or (ours.data_ptr(), version) == (gradient.data_ptr(), gradient._version)
+            self._gradients.add(same)
 
     def _is_written_to(self) -> bool:
         """Whether a masked block, one of them, is not zero.

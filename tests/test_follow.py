@@ -116,6 +116,66 @@ def test_another_optimizer_takes_the_run_over_whether_or_not_the_first_is_gone(k
     assert (first is None) != kept
 
 
+class Around(torch.optim.Optimizer):
+    """An optimizer around another one, as sharpness-aware minimisation and ZeRO are."""
+
+    def __init__(self, inner):
+        self.inner = inner
+        super().__init__([parameter for group in inner.param_groups for parameter in group["params"]], {})
+
+    def step(self, closure=None):
+        self.inner.step(closure)
+
+
+def test_an_optimizer_around_another_steps_once():
+    model = MLP(64, 96, 64)
+    optimizer = Around(torch.optim.AdamW(model.parameters()))
+    run = torch.compile(model, backend="ctrlprune", options={"budget": 0.7, "total_steps": 20, "block": 8})
+    for _ in range(20):
+        step(run, optimizer)
+    assert cc.controller_of(optimizer).steps == 20
+
+
+def test_two_optimizers_of_which_one_has_the_others_weights_too_step_once_in_a_round():
+    model = MLP(64, 96, 64)
+    some, every = torch.optim.SGD(model.fc1.parameters(), 0.01), torch.optim.AdamW(model.parameters())
+    run = torch.compile(model, backend="ctrlprune", options={"budget": 0.7, "total_steps": 20, "block": 8})
+    for _ in range(20):
+        run(torch.randn(16, 64)).square().mean().backward()
+        some.step()
+        every.step()
+        every.zero_grad()
+    assert cc.controller_of(every).steps == 20
+
+
+def test_gradients_set_by_hand_count_each_step():
+    model = MLP(64, 96, 64)
+    optimizer = torch.optim.AdamW(model.parameters())
+    run = torch.compile(model, backend="ctrlprune", options={"budget": 0.7, "total_steps": 20, "block": 8})
+    step(run, optimizer)
+    for _ in range(4):
+        for parameter in model.parameters():
+            parameter.grad = torch.randn_like(parameter)
+        optimizer.step()
+    assert cc.controller_of(optimizer).steps == 5
+
+
+def test_layers_that_came_too_late_in_one_run_take_part_in_another():
+    first, second = MLP(64, 96, 64), MLP(64, 96, 64)
+    options = {"budget": 0.7, "total_steps": 20, "block": 8}
+    runs = [torch.compile(model, backend="ctrlprune", options=options) for model in (first, second)]
+    optimizer = torch.optim.AdamW([*first.parameters(), *second.parameters()])
+    for _ in range(19):
+        step(runs[0], optimizer)
+    with pytest.warns(RuntimeWarning, match="too near the end of the run"):
+        step(runs[1], optimizer)
+    optimizer = torch.optim.AdamW(second.parameters())
+    for _ in range(20):
+        step(runs[1], optimizer)
+    controller = cc.controller_of(optimizer)
+    assert controller.flops_used / controller.flops_dense == pytest.approx(0.7, rel=0.02)
+
+
 @pytest.mark.parametrize("begin", [28, 29, 30, 35])
 def test_layers_that_come_when_the_run_is_all_but_over_train_on_densely_and_are_told_of_once(begin, recwarn):
     first, second = MLP(64, 96, 64), MLP(64, 96, 64)
