@@ -15,9 +15,7 @@ DEAD, UNIFORM, LIVE = range(3)  # kinds of heads, see `attention`
 def source(isa: Isa, dtype: torch.dtype) -> str:
     """C++ for operands of one type."""
     return (
-        f"// Averages of attention's values, {dtype}, {isa.name}.\n"
-        "// Generated; kept beside the library for whoever wants to read it.\n"
-        + cpp_vectors.prelude(isa).replace("#include <omp.h>", "#include <omp.h>\n#include <vector>")
+        cpp_vectors.prelude(f"Averages of attention's values, {dtype}", isa)
         + f"\ntypedef {cpp_vectors.SCALARS[str(dtype)]} x_t;\n"
         + f"enum Kind : uint8_t {{ DEAD = {DEAD}, UNIFORM = {UNIFORM}, LIVE = {LIVE} }};\n"
         + _BODY

@@ -38,11 +38,9 @@ def source(
         for s in strips
     )
     packs = "\n".join(f"    pack_strip<{s.width}>(c, list, phase, {s.first});" for s in strips)
+    what = f"{outputs} x {inputs} blocks (output x input columns), {x_dtype} x {weight_dtype}, activation {activation}"
     return (
-        f"// Block-sparse rows of outputs: {outputs} x {inputs} blocks (output x input columns), "
-        f"{x_dtype} x {weight_dtype}, activation {activation}, {isa.name}.\n"
-        "// Generated; kept beside the library for whoever wants to read it.\n"
-        + cpp_vectors.prelude(isa)
+        cpp_vectors.prelude(f"Block-sparse rows of outputs: {what}", isa)
         + last
         + cpp_window.GEOMETRY
         + f"""

@@ -9,9 +9,7 @@ from .isa import Isa
 def source(isa: Isa, gradient_dtype: torch.dtype, weight_dtype: torch.dtype) -> str:
     """C++ for a dense gradient of one type and a weight of another; in the weight's type it is written."""
     return (
-        f"// The gradient of a gated weight from a dense one, {gradient_dtype} to {weight_dtype}, {isa.name}.\n"
-        "// Generated; kept beside the library for whoever wants to read it.\n"
-        + cpp_vectors.prelude(isa).replace("#include <omp.h>", "#include <omp.h>\n#include <vector>")
+        cpp_vectors.prelude(f"The gradient of a gated weight from a dense one, {gradient_dtype} to {weight_dtype}", isa)
         + f"\ntypedef {cpp_vectors.SCALARS[str(gradient_dtype)]} g_t;\n"
         + f"typedef {cpp_vectors.SCALARS[str(weight_dtype)]} w_t;\n"
         + _BODY

@@ -5,12 +5,13 @@ from .isa import Isa
 SCALARS = {"torch.float32": "float", "torch.bfloat16": "bf16"}  # str(dtype) -> C++
 
 
-def prelude(isa: Isa) -> str:
-    """Types and primitives for vectors of `isa`, and of 8 lanes for what a wider vector leaves over."""
+def prelude(what: str, isa: Isa) -> str:
+    """What the file is, then types and primitives for vectors of `isa`, and of 8 lanes for what is left over."""
     narrow = min(isa.lanes, 8)
     vectors = "\n".join(_vector(n) for n in sorted({isa.lanes, narrow}))
     stages = "\n".join(_transpose_stage(narrow, distance) for distance in (4, 2, 1) if distance < narrow)
-    return (
+    heading = f"// {what}, {isa.name}.\n// Generated; kept beside the library for whoever wants to read it.\n"
+    return heading + (
         _PRIMITIVES.replace("$VECTORS", vectors)
         .replace("$WIDE", f"v{isa.lanes}")
         .replace("$NARROW", f"v{narrow}")
@@ -57,6 +58,7 @@ _PRIMITIVES = """\
 #include <cstring>
 #include <new>
 #include <type_traits>
+#include <vector>
 #include <omp.h>
 
 #if defined(__clang__)

@@ -20,11 +20,9 @@ def source(isa: Isa, block: tuple[int, int], x_dtype: torch.dtype, weight_dtype:
     strips = panels(block[1], isa)
     calls = "\n".join(f"  strip<v{s.lanes}, {s.vectors}, {s.first}>(g, x, rows, sums);" for s in strips)
     group = min(strip.rows for strip in strips)
+    what = f"{block[0]} x {block[1]} blocks (output x input columns), {x_dtype} x {weight_dtype}"
     return (
-        f"// Block-sparse weight gradient: {block[0]} x {block[1]} blocks (output x input columns), "
-        f"{x_dtype} x {weight_dtype}, {isa.name}.\n"
-        "// Generated; kept beside the library for whoever wants to read it.\n"
-        + cpp_vectors.prelude(isa)
+        cpp_vectors.prelude(f"Block-sparse weight gradient: {what}", isa)
         + cpp_window.GEOMETRY
         + f"""
 typedef {cpp_vectors.SCALARS[str(x_dtype)]} x_t;

@@ -71,7 +71,11 @@ def _product(side: int, device: torch.device, dtype: torch.dtype) -> Load:
 @functools.cache
 def _multiply_adds() -> tuple[Callable[[int, int], None], int]:
     target = isa.current()
-    source = cpp_vectors.prelude(target) + f"typedef v{target.lanes} Wide;\n" + _MULTIPLY_ADDS
+    source = (
+        cpp_vectors.prelude("The most multiply-adds that a CPU does", target)
+        + f"typedef v{target.lanes} Wide;\n"
+        + _MULTIPLY_ADDS
+    )
     library = build.load("multiply_adds", source, target.flags)
     library.multiply_adds.argtypes = [ctypes.c_int64, ctypes.c_int]
     library.multiply_adds.restype = None
