@@ -116,6 +116,14 @@ def test_another_optimizer_takes_the_run_over_whether_or_not_the_first_is_gone(k
     assert (first is None) != kept
 
 
+def two_models(total_steps):
+    """Two models, compiled on a budget of 0.7 of as many steps, and one optimizer of both."""
+    models = MLP(64, 96, 64), MLP(64, 96, 64)
+    options = {"budget": 0.7, "total_steps": total_steps, "block": 8}
+    runs = [torch.compile(model, backend="ctrlprune", options=options) for model in models]
+    return models, runs, torch.optim.AdamW([parameter for model in models for parameter in model.parameters()])
+
+
 class Around(torch.optim.Optimizer):
     """An optimizer around another one, as sharpness-aware minimisation and ZeRO are."""
 
@@ -161,10 +169,7 @@ def test_gradients_set_by_hand_count_each_step():
 
 
 def test_layers_that_came_too_late_in_one_run_take_part_in_another():
-    first, second = MLP(64, 96, 64), MLP(64, 96, 64)
-    options = {"budget": 0.7, "total_steps": 20, "block": 8}
-    runs = [torch.compile(model, backend="ctrlprune", options=options) for model in (first, second)]
-    optimizer = torch.optim.AdamW([*first.parameters(), *second.parameters()])
+    (_, second), runs, optimizer = two_models(20)
     for _ in range(19):
         step(runs[0], optimizer)
     with pytest.warns(RuntimeWarning, match="too near the end of the run"):
@@ -178,10 +183,7 @@ def test_layers_that_came_too_late_in_one_run_take_part_in_another():
 
 @pytest.mark.parametrize("begin", [28, 29, 30, 35])
 def test_layers_that_come_when_the_run_is_all_but_over_train_on_densely_and_are_told_of_once(begin, recwarn):
-    first, second = MLP(64, 96, 64), MLP(64, 96, 64)
-    options = {"budget": 0.7, "total_steps": 30, "block": 8}
-    runs = [torch.compile(model, backend="ctrlprune", options=options) for model in (first, second)]
-    optimizer = torch.optim.AdamW([*first.parameters(), *second.parameters()])
+    (_, second), runs, optimizer = two_models(30)
     for number in range(40):
         step(runs[number >= begin], optimizer)
     assert [str(warning.message).count("trains fc1.weight, fc2.weight densely") for warning in recwarn] == [1]
@@ -189,10 +191,7 @@ def test_layers_that_come_when_the_run_is_all_but_over_train_on_densely_and_are_
 
 
 def test_layers_of_a_graph_of_their_own_that_come_late_land_with_the_rest_of_the_run():
-    first, second = MLP(64, 96, 64), MLP(64, 96, 64)
-    options = {"budget": 0.7, "total_steps": 60, "block": 8}
-    runs = [torch.compile(model, backend="ctrlprune", options=options) for model in (first, second)]
-    optimizer = torch.optim.AdamW([*first.parameters(), *second.parameters()])
+    (first, second), runs, optimizer = two_models(60)
     for number in range(60):
         step(runs[number >= 20 and number % 2], optimizer)
     controllers = {gate.run.controller for model in (first, second) for gate in cc.gates(model).values()}
