@@ -5,8 +5,9 @@
 
 from ctrlcompile.controller.budget import Budget, BudgetError
 from ctrlcompile.follow import controller_of
-from ctrlcompile.gate import Gate, gates
+from ctrlcompile.gate import Gate
 from ctrlcompile.inspect import explain, profile
 from ctrlcompile.model_controller import Controller
+from ctrlcompile.named_gates import gates
 
 __all__ = ["Budget", "BudgetError", "Controller", "Gate", "controller_of", "explain", "gates", "profile"]

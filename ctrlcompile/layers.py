@@ -11,8 +11,9 @@ from torch import Tensor, fx
 from ctrlcompile import kernel_choice
 from ctrlcompile.blocks import Block, no_room, resolve_block, too_small
 from ctrlcompile.cost import ProductCost, expression
-from ctrlcompile.gate import Gate, name_excluded, registry
+from ctrlcompile.gate import Gate, registry
 from ctrlcompile.kernels.window import Window
+from ctrlcompile.named_gates import name_excluded
 from ctrlcompile.options import Options
 from ctrlcompile.passes.graph_edit import Scope, scopes, source_name, uses
 from ctrlcompile.passes.layer_nodes import (

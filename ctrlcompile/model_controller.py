@@ -10,7 +10,7 @@ from ctrlcompile import controller, follow, run_log
 from ctrlcompile.blocks import BlockChoice
 from ctrlcompile.controller.budget import Budget
 from ctrlcompile.cost import meter
-from ctrlcompile.gate import gates
+from ctrlcompile.named_gates import gates
 
 
 class Controller(controller.Controller):

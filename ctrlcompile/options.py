@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from ctrlcompile.blocks import Block, BlockChoice, parse_block
 from ctrlcompile.controller.budget import Budget, parse_steps
-from ctrlcompile.gate import parse_patterns
+from ctrlcompile.named_gates import parse_patterns
 from ctrlcompile.respecialize import Mode, check_mode
 from ctrlcompile.run_log import check_folder
 

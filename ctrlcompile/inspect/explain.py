@@ -11,11 +11,12 @@ from torch import Tensor, nn
 
 from ctrlcompile import kernel_choice, respecialize
 from ctrlcompile.blocks import Block
-from ctrlcompile.gate import GATEABLE, Gate, plain
+from ctrlcompile.gate import Gate
 from ctrlcompile.inspect import tables
 from ctrlcompile.inspect.graphs import Graph
 from ctrlcompile.inspect.undisturbed import call, check_compiled, undisturbed
 from ctrlcompile.layers import Layer
+from ctrlcompile.named_gates import GATEABLE, plain
 from ctrlcompile.region import Visit, watch
 from ctrlcompile.variants import BLOCK_SPARSE
 

@@ -16,12 +16,12 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from ctrlcompile.calls import observe
-from ctrlcompile.gate import plain
 from ctrlcompile.inspect import limits, tables
 from ctrlcompile.inspect.clock import alternate
 from ctrlcompile.inspect.products import ROLES, Layout, Product, Products
 from ctrlcompile.inspect.undisturbed import call, check_compiled, undisturbed
 from ctrlcompile.kernel_choice import device_name
+from ctrlcompile.named_gates import plain
 from ctrlcompile.region import watch
 
 
