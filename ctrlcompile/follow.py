@@ -19,8 +19,8 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from ctrlcompile import respecialize, run_log
 from ctrlcompile.controller import BudgetError, Controller
-from ctrlcompile.cost import meter
 from ctrlcompile.gate import Gate, registry
+from ctrlcompile.meter import meter
 from ctrlcompile.options import Options
 
 logger = logging.getLogger(__name__)

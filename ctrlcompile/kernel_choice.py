@@ -24,6 +24,7 @@ from ctrlcompile.kernels import index_lists, isa
 from ctrlcompile.kernels.build import KernelBuildError
 from ctrlcompile.kernels.index_lists import BlockLists
 from ctrlcompile.kernels.reference import DIFFERENTIATED, Before, backward
+from ctrlcompile.kernels.verbs import Dgrad, Forward, Verb, Wgrad
 from ctrlcompile.kernels.window import Window, channels_last
 
 
@@ -65,8 +66,7 @@ def forward(
     if window is not None and family_of(window, weight.shape[2:]) is LINEAR:
         y, z = forward(_rows(x), weight.flatten(1), bias, lists, block, activation)
         return _image(y, x), _image(z, x) if z.dim() == y.dim() else z
-    arguments = (x, weight, bias, lists, block, activation, *(() if window is None else (window,)))
-    result: tuple[Tensor, Tensor] = _compute("forward", arguments, weight, lists, block, window, activation)
+    result: tuple[Tensor, Tensor] = _compute(Forward(x, weight, bias, lists, block, activation, window))
     return result
 
 
@@ -78,9 +78,7 @@ def dgrad(
     if window is not None and family_of(window, weight.shape[2:]) is LINEAR:
         before = None if before is None else before._replace(z=_rows(before.z))
         return _image(dgrad(_rows(grad_z), weight.flatten(1), lists, block, before=before), grad_z)
-    arguments = (grad_z, weight, lists, block, *(() if window is None else (window, input_size)), before)
-    last = "none" if before is None else backward(before.activation)
-    result: Tensor = _compute("dgrad", arguments, weight, lists, block, window, last, input_size)
+    result: Tensor = _compute(Dgrad(grad_z, weight, lists, block, window, input_size, before))
     return result
 
 
@@ -92,8 +90,7 @@ def wgrad(
     if window is not None and family_of(window, weight.shape[2:]) is LINEAR:
         gradient, signals = wgrad(_rows(grad_z), _rows(x), weight.flatten(1), lists, probes, block)
         return gradient.view(weight.shape), signals
-    arguments = (grad_z, x, weight, lists, probes, block, *(() if window is None else (window,)))
-    result: tuple[Tensor, Tensor] = _compute("wgrad", arguments, weight, lists, block, window)
+    result: tuple[Tensor, Tensor] = _compute(Wgrad(grad_z, x, weight, lists, probes, block, window))
     return result
 
 
@@ -175,25 +172,22 @@ def _image(rows: Tensor, like: Tensor) -> Tensor:
     return rows.view(like.shape[0], *like.shape[2:], rows.shape[1]).movedim(-1, 1)
 
 
-def _compute(
-    role: str, arguments: tuple[Any, ...], weight: Tensor, lists: BlockLists, block: Block, window: Window | None,
-    activation: str = "none", input_size: tuple[int, ...] = (),
-) -> Any:  # fmt: skip
-    family, moving = family_of(window, weight.shape[2:]), arguments[0]
+def _compute(verb: Verb) -> Any:
+    family, weight = family_of(verb.window, verb.weight.shape[2:]), verb.weight
     try:
-        size = input_size or tuple(arguments[role == "wgrad"].shape[2:])
-        if (kernel := _kernel(role, moving, weight, lists, block, activation, window, size)) is not None:
-            gate = registry.with_lists(lists.crow_indices)
+        if (kernel := _kernel(verb, family)) is not None:
+            gate = registry.with_lists(verb.lists.crow_indices)
             if gate is not None and (table := variants.table_of(gate)) is not None:
-                return variants.compute(role, arguments, gate, table, kernel, _module(family.dense))
-            return getattr(kernel, role)(*arguments)
+                return variants.compute(verb, gate, table, kernel, _module(family.dense))
+            return verb.by(kernel)
     except KernelBuildError as error:
-        _give_up(_types(family, weight.device, moving.dtype, weight.dtype, block, activation), error)
+        types = _types(family, weight.device, verb.moving.dtype, weight.dtype, verb.block, verb.last)
+        _give_up(types, error)
     # A gate keeps masked blocks zero; a CPU need not rely on it. The weight gradient looks at the lists by itself.
-    if role != "wgrad" and weight.device.type == "cpu":
-        active = index_lists.expand(index_lists.mask_of(lists), block, weight.shape)
-        arguments = (moving, torch.where(active, weight, 0).to(moving.dtype), *arguments[2:])
-    return getattr(_module(family.dense), role)(*arguments)
+    if verb.role != "wgrad" and weight.device.type == "cpu":
+        active = index_lists.expand(index_lists.mask_of(verb.lists), verb.block, weight.shape)
+        verb = verb._replace(weight=torch.where(active, weight, 0).to(verb.moving.dtype))
+    return verb.by(_module(family.dense))
 
 
 def _types(
@@ -219,28 +213,24 @@ def _unsupported(types: Types) -> str | None:
     return reason
 
 
-def _kernel(
-    role: str, x: Tensor, weight: Tensor, lists: BlockLists, block: Block, activation: str = "none",
-    window: Window | None = None, input_size: tuple[int, ...] = (),
-) -> Any:  # fmt: skip
+def _kernel(verb: Verb, family: Family) -> Any:
     """The module to compute a call with; None where no kernel of the family can run."""
-    device, family = weight.device, family_of(window, weight.shape[2:])
-    if why_no_kernel(device, x.dtype, weight.dtype, block, activation, family=family) is not None:
+    device, types = verb.weight.device, (verb.moving.dtype, verb.weight.dtype)
+    if why_no_kernel(device, *types, verb.block, verb.last, family=family) is not None:
         return None
     if device.type == "cpu":
         return _module(family.cpu)
-    gate = registry.with_lists(lists.crow_indices)
-    if gate is not None and gate.density > _crossover(role, x, weight, block, window, input_size):
+    gate = registry.with_lists(verb.lists.crow_indices)
+    if gate is not None and gate.density > _crossover(verb, family):
         return _module(family.dense)
     return _module(family.gpu)
 
 
-def _crossover(
-    role: str, x: Tensor, weight: Tensor, block: Block, window: Window | None, input_size: tuple[int, ...]
-) -> float:
-    family, shape, rows = family_of(window, weight.shape[2:]), tuple(weight.shape), x.shape[0]
-    sizes = (rows, *shape) if window is None else (rows, input_size, shape, window)
-    return float(_module(family.gpu).crossover(role, x.dtype, block, *sizes, weight.device))
+def _crossover(verb: Verb, family: Family) -> float:
+    shape, rows = tuple(verb.weight.shape), verb.moving.shape[0]
+    sizes = (rows, *shape) if verb.window is None else (rows, verb.image, shape, verb.window)
+    crossover = _module(family.gpu).crossover
+    return float(crossover(verb.role, verb.moving.dtype, verb.block, *sizes, verb.weight.device))
 
 
 def _give_up(types: Types, error: KernelBuildError) -> str:

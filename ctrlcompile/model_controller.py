@@ -9,7 +9,7 @@ from torch import nn
 from ctrlcompile import controller, follow, run_log
 from ctrlcompile.blocks import BlockChoice
 from ctrlcompile.controller.budget import Budget
-from ctrlcompile.cost import meter
+from ctrlcompile.meter import meter
 from ctrlcompile.named_gates import gates
 
 

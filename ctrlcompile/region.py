@@ -24,6 +24,7 @@ from ctrlcompile.controller.host import on_cpu
 from ctrlcompile.gate import Gate, registry
 from ctrlcompile.heads import HeadKinds, Kinds, that_may_rest
 from ctrlcompile.layers import find_layers
+from ctrlcompile.meter import meter, used_flops
 from ctrlcompile.options import Options
 from ctrlcompile.passes import Change, passes_for, run
 from ctrlcompile.passes.find_coupling import find_coupling
@@ -71,7 +72,7 @@ class Visit:
     @property
     def used_flops(self) -> float:
         """Of a training step in this region, at the present masks and probes."""
-        used = cost.used_flops(self.cost, self.region.gates_by_layer(self.gates))
+        used = used_flops(self.cost, self.region.gates_by_layer(self.gates))
         return used - self.cost.skipped(self.lowering.kinds(self.gates).live_shares)
 
 
@@ -98,14 +99,14 @@ class Region:
         if _watcher.visits is not None:
             parameters = tuple(args[weight.position] for weight in self.weights)
             _watcher.visits.append(Visit(self, lowering, parameters, tuple(gates), self._bind(args)))
-        elif torch.is_grad_enabled() and cost.meter.listening:
+        elif torch.is_grad_enabled() and meter.listening:
             gated = self.gates_by_layer(gates)
             for layer, gate in zip(self.layers, gated, strict=True):
                 if layer.normalised and gate is not None and layer.transposed == gate.transposed:
                     gate.normalised = True
             bound = self._bind(args)
             skipped = bound.skipped(kinds.live_shares)
-            cost.meter.record(bound, gated, self._coupled(gates), skipped, self.options.budget is not None)
+            meter.record(bound, gated, self._coupled(gates), skipped, self.options.budget is not None)
             for log in tuple(run_log.graphless):
                 log.see(lowering.changes[-1].outlines[1], self.gates_by_node(gates))
         for index in lowering.read_otherwise:

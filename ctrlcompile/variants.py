@@ -26,14 +26,10 @@ from ctrlcompile.blocks import LARGEST_SIDE, Block, no_room
 from ctrlcompile.gate import Gate
 from ctrlcompile.kernels import compact, index_lists
 from ctrlcompile.kernels.index_lists import BlockLists
-from ctrlcompile.kernels.reference import backward
+from ctrlcompile.kernels.verbs import Verb
 
 ROLES = ("forward", "dgrad", "wgrad")
 KEPT_CALLS = 8  # of a role, until they are taken: those after are not timed
-# Positions among a kernel's arguments.
-_WEIGHT = {"forward": 1, "dgrad": 1, "wgrad": 2}
-_LISTS = {"forward": 3, "dgrad": 2}  # the block comes next; wgrad is never called with other lists than the gate's
-_WINDOW = {"forward": 6, "dgrad": 4, "wgrad": 6}
 
 
 @dataclass(frozen=True)
@@ -162,39 +158,37 @@ def open_table(gate: Gate) -> Table:
     return _tables.setdefault(gate, Table())
 
 
-def compute(role: str, arguments: tuple[Any, ...], gate: Gate, table: Table, sparse: Any, dense: Any) -> Any:
-    """A call of a role by the variant in force, timed while calls are wanted; `sparse`, `dense` are kernel modules."""
-    node = table.nodes[role]
+def compute(verb: Verb, gate: Gate, table: Table, sparse: Any, dense: Any) -> Any:
+    """A product by the variant in force, timed while calls are wanted; `sparse`, `dense` are kernel modules."""
+    node = table.nodes[verb.role]
     node.count += _recording.on
     recorded = _recording.on and len(node.calls) < KEPT_CALLS
     if node.variant is BLOCK_SPARSE and not recorded:  # mostly
-        return getattr(sparse, role)(*arguments)
-    variant, at = node.variant, _LISTS.get(role, 0)
-    moving, weight = arguments[0], arguments[_WEIGHT[role]]
-    if recorded or variant.kind == "coarse":
-        types = Types(moving.dtype, weight.dtype, _last(role, arguments))
-        if variant.kind == "coarse" and (variant, types) not in node.ready:
-            variant = BLOCK_SPARSE  # called with other types than before: building now would stall the step
+        return verb.by(sparse)
+    variant, moving, weight = node.variant, verb.moving, verb.weight
+    types = Types(moving.dtype, weight.dtype, verb.last)
+    if variant.kind == "coarse" and (variant, types) not in node.ready:
+        variant = BLOCK_SPARSE  # called with other types than before: building now would stall the step
     if variant == COMPACT and not gate.active:
         variant = BLOCK_SPARSE  # nothing is left to make a product of
     started = time.perf_counter()
-    if variant == DENSE and role == "wgrad":
-        result = dense.wgrad(*arguments)
-    elif variant == DENSE:
-        result = getattr(dense, role)(moving, weight.to(moving.dtype), *arguments[2:])
+    result: Any
+    if variant == BLOCK_SPARSE:
+        result = verb.by(sparse)
     elif variant == COMPACT:
-        result = getattr(compact, role)(dense, table.live(gate), *arguments)
-    elif variant == BLOCK_SPARSE:
-        result = getattr(sparse, role)(*arguments)
+        result = verb.by(compact.Compact(dense, table.live(gate)))
+    elif variant == DENSE:
+        cast = verb if verb.role == "wgrad" else verb._replace(weight=weight.to(moving.dtype))
+        result = cast.by(dense)
     else:
-        lists, block = table.lists(variant, gate), variant.block(gate.block)
-        result = getattr(sparse, role)(*arguments[:at], lists, block, *arguments[at + 2 :])
+        coarse = verb._replace(lists=table.lists(variant, gate), block=variant.block(gate.block))
+        result = coarse.by(sparse)
     if recorded:
         seconds = time.perf_counter() - started
         outputs, inputs = index_lists.matrix_shape(weight.shape)
-        rows = (result[0] if role == "forward" else moving).numel() // outputs
-        window = arguments[_WINDOW[role]] if weight.dim() > 2 else None
-        node.types, node.groups, node.family = types, 1 if window is None else window.groups, sparse.__name__
+        rows = (result[0] if verb.role == "forward" else moving).numel() // outputs
+        groups = 1 if verb.window is None else verb.window.groups
+        node.types, node.groups, node.family = types, groups, sparse.__name__
         node.calls.append(Call(variant, types, rows, inputs, outputs, table.share(variant, gate), seconds))
     return result
 
@@ -215,14 +209,6 @@ class _Recording:
 
 _recording = _Recording()
 _tables: weakref.WeakKeyDictionary[Gate, Table] = weakref.WeakKeyDictionary()
-
-
-def _last(role: str, arguments: tuple[Any, ...]) -> str:
-    """What the kernel of a call does with its sums, as `cpp_rows.source` calls it."""
-    if role == "dgrad":
-        before = arguments[-1]
-        return "none" if before is None else backward(before.activation)
-    return str(arguments[_LISTS["forward"] + 2]) if role == "forward" else "none"
 
 
 def _merged(gate: Gate, variant: Variant) -> Tensor:

@@ -33,27 +33,34 @@ class Live(NamedTuple):
         return self.outputs.numel() * self.inputs.numel() / (shape[0] * shape[1])
 
 
-def forward(
-    dense: Any, live: Live, x: Tensor, weight: Tensor, bias: Tensor | None, lists: Any, block: Block, activation: str,
-    *window: Any,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """As `dense.forward`; a dead output is the activation of its bias."""
-    some = None if bias is None else bias[live.outputs]
-    x_live = x.index_select(1, live.inputs)
-    y, z = dense.forward(x_live, _live(weight, live).to(x.dtype), some, lists, block, activation, *window)
-    dead = x.new_zeros(weight.shape[0]) if bias is None else bias.to(x.dtype)
-    spread = _spread(y, live.outputs, reference.activate(dead, activation))
-    return spread, _spread(z, live.outputs, dead) if z.dim() > 1 else z
+class Compact(NamedTuple):
+    """The verbs `forward` and `dgrad` of a family, by those of `dense`."""
 
+    dense: Any
+    live: Live
 
-def dgrad(dense: Any, live: Live, grad: Tensor, weight: Tensor, *rest: Any) -> Tensor:
-    """As `dense.dgrad`, of which `before` comes last; a dead input has no gradient."""
-    *others, before = rest
-    some = None if before is None else reference.Before.of(before.z.index_select(1, live.inputs), before.activation)
-    found = dense.dgrad(grad.index_select(1, live.outputs), _live(weight, live).to(grad.dtype), *others, some)
-    if before is not None and some is not None:
-        before.sums.zero_().index_copy_(0, live.inputs, some.sums)
-    return _spread(found, live.inputs, grad.new_zeros(weight.shape[1]))
+    def forward(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, lists: Any, block: Block, activation: str, *window: Any
+    ) -> tuple[Tensor, Tensor]:
+        """As `dense.forward`; a dead output is the activation of its bias."""
+        live = self.live
+        some = None if bias is None else bias[live.outputs]
+        x_live = x.index_select(1, live.inputs)
+        y, z = self.dense.forward(x_live, _live(weight, live).to(x.dtype), some, lists, block, activation, *window)
+        dead = x.new_zeros(weight.shape[0]) if bias is None else bias.to(x.dtype)
+        spread = _spread(y, live.outputs, reference.activate(dead, activation))
+        return spread, _spread(z, live.outputs, dead) if z.dim() > 1 else z
+
+    def dgrad(self, grad: Tensor, weight: Tensor, *rest: Any) -> Tensor:
+        """As `dense.dgrad`, of which `before` comes last; a dead input has no gradient."""
+        *others, before = rest
+        live = self.live
+        some = None if before is None else reference.Before.of(before.z.index_select(1, live.inputs), before.activation)
+        live_weight = _live(weight, live).to(grad.dtype)
+        found = self.dense.dgrad(grad.index_select(1, live.outputs), live_weight, *others, some)
+        if before is not None and some is not None:
+            before.sums.zero_().index_copy_(0, live.inputs, some.sums)
+        return _spread(found, live.inputs, grad.new_zeros(weight.shape[1]))
 
 
 def _live(weight: Tensor, live: Live) -> Tensor:

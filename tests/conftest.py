@@ -14,7 +14,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # the workers share the cores
 import pytest
 import torch
 
-from ctrlcompile.cost import meter
+from ctrlcompile.meter import meter
 
 
 @pytest.fixture(autouse=True)

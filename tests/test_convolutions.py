@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import ctrlcompile as cc
 from ctrlcompile import backend
-from ctrlcompile.cost import meter
+from ctrlcompile.meter import meter
 
 from .small_models import assert_like_plain, compiled_and_pruned, masked_entries, prune_
 

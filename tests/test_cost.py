@@ -8,7 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import ctrlcompile as cc
 from ctrlcompile import ops
-from ctrlcompile.cost import meter
+from ctrlcompile.meter import meter
 
 from .small_models import MLP, prune_
 

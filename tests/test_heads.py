@@ -9,10 +9,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import ctrlcompile as cc
 from ctrlcompile import ops
-from ctrlcompile.cost import meter
 from ctrlcompile.kernels import attention as kernel
 from ctrlcompile.kernels import build, cpp_averages, cpu_averages
 from ctrlcompile.kernels.attention import DEAD, LIVE, UNIFORM
+from ctrlcompile.meter import meter
 
 from .small_models import Conv1D, assert_like_plain, random_mask
 

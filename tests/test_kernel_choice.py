@@ -12,6 +12,7 @@ import ctrlcompile as cc
 from ctrlcompile import kernel_choice
 from ctrlcompile.kernels import cpu_linear, dense_linear, index_lists, reference
 from ctrlcompile.kernels.build import KernelBuildError
+from ctrlcompile.kernels.verbs import Dgrad, Forward, Wgrad
 from ctrlcompile.kernels.window import Window, channels_last
 
 from .kernels.problems import within_budget
@@ -73,11 +74,14 @@ def test_on_a_gpu_a_gate_runs_dense_above_its_crossover_and_by_its_lists_below(t
     gate.update_((torch.arange(12).view(gate.grid) % 4) < 3)
     by_hand = index_lists.build(gate.mask)
     with FakeTensorMode():
-        x, weight = torch.empty(8, 96, device=CUDA), torch.empty(64, 96, device=CUDA)
-        chosen = {
-            role: kernel_choice._kernel(role, x, weight, gate.lists, BLOCK) for role in ("forward", "dgrad", "wgrad")
-        }
-        unknown = kernel_choice._kernel("forward", x, weight, by_hand, BLOCK)
+        grad, x, weight = (torch.empty(*shape, device=CUDA) for shape in ((8, 64), (8, 96), (64, 96)))
+        verbs = (
+            Forward(x, weight, None, gate.lists, BLOCK, "none"),
+            Dgrad(grad, weight, gate.lists, BLOCK),
+            Wgrad(grad, x, weight, gate.lists, gate.probes, BLOCK),
+        )
+        chosen = {verb.role: kernel_choice._kernel(verb, kernel_choice.LINEAR) for verb in verbs}
+        unknown = kernel_choice._kernel(verbs[0]._replace(lists=by_hand), kernel_choice.LINEAR)
     assert chosen == {"forward": dense_linear, "dgrad": triton, "wgrad": dense_linear}
     assert unknown is triton  # of lists made by hand nothing is known on the host
 

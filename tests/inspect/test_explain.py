@@ -7,7 +7,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import ctrlcompile as cc
 from ctrlcompile import kernel_choice, variants
-from ctrlcompile.cost import meter
+from ctrlcompile.meter import meter
 from ctrlcompile.variants import DENSE
 
 from ..small_models import Products, prune_

@@ -15,12 +15,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import ctrlcompile as cc
 from ctrlcompile import calls, ops
-from ctrlcompile.cost import meter
 from ctrlcompile.gate import registry
 from ctrlcompile.inspect import clock
 from ctrlcompile.inspect import profile as profile_function
 from ctrlcompile.inspect.products import Products
 from ctrlcompile.kernels.index_lists import expand
+from ctrlcompile.meter import meter
 
 from ..small_models import MLP, prune_
 from ..small_models import Products as SmallProducts
