@@ -223,8 +223,8 @@ def _warn_late(late: list[Gate]) -> None:
 def _warn_dense() -> None:
     warnings.warn(
         "ctrlcompile trains a model densely although it was given a budget: none of its layers can be gated. Gated are "
-        "linears (torch.nn.functional.linear), products (x @ weight, mm, addmm) and convolutions whose weight is a "
-        "Parameter; print(ctrlcompile.explain(model)(*inputs)) tells of each why not",
+        "linears (torch.nn.functional.linear), products (x @ weight, x @ weight.T, addmm, einsum) and convolutions "
+        "whose weight is a Parameter; print(ctrlcompile.explain(model)(*inputs)) tells of each why not",
         RuntimeWarning,
         stacklevel=2,
     )

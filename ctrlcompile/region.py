@@ -29,6 +29,7 @@ from ctrlcompile.options import Options
 from ctrlcompile.passes import Change, passes_for, run
 from ctrlcompile.passes.find_coupling import find_coupling
 from ctrlcompile.passes.graph_edit import copy_graph, scopes
+from ctrlcompile.passes.recognise_layers import recognise_layers
 
 logger = logging.getLogger(__name__)
 
@@ -81,6 +82,7 @@ class Region:
 
     def __init__(self, gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options, lower: Lower) -> None:
         self.options = options
+        gm = recognise_layers(copy_graph(gm), example_inputs)
         self._gm, self._lower = gm, lower
         self.weights, self.layers = find_layers(gm, example_inputs, options)
         symbols, self._size_positions = cost.symbols_of(gm)

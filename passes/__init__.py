@@ -10,6 +10,9 @@
 - `layer_nodes`: what a layer's node says.
 - `graph_edit`: what every pass needs to leave a clean graph.
 
+Before them, and before layers are looked for, `recognise_layers` rewrites what is a linear or a product `x @ weight` by
+another name.
+
 After them Inductor runs `fuse_derivative` on its own graphs: an activation's backward pass moves into the input
 gradient that alone feeds it.
 

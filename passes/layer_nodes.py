@@ -5,7 +5,7 @@ is a Parameter stored [in, out]. A product of two values that the graph computes
 """
 
 import operator
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import fx
@@ -40,8 +40,13 @@ def is_matmul(node: fx.Node) -> bool:
     called = node.op in ("call_function", "call_method") and node.target in MATMUL
     if not called or len(node.args) > len(MATMUL[node.target]):  # more are a deprecated order, or a type of the output
         return False
-    weight = operands(node)[1]
-    return weight.op == "placeholder" and isinstance(weight.meta.get("example_value"), torch.nn.Parameter)
+    return is_parameter(operands(node)[1])
+
+
+def is_parameter(node: Any) -> TypeGuard[fx.Node]:
+    """Whether it is an input of the graph that is a Parameter."""
+    value = node.meta.get("example_value") if isinstance(node, fx.Node) and node.op == "placeholder" else None
+    return isinstance(value, torch.nn.Parameter)
 
 
 def is_layer(node: fx.Node) -> bool:
