@@ -19,8 +19,9 @@ def gates(
     block active, and those that other Parameters have.
 
     Call it before the model's first compiled call, or the backend has chosen the blocks already. A convolution that has
-    no room for a block (the first one of a network, of three channels, or a depthwise one) has no gate. A weight that a
-    plain matrix product reads (`x @ weight`) has its gate from the first compiled call on, since only the graph tells.
+    no room for a block (the first one of a network, of three channels, or a depthwise one) has no gate. Another
+    Parameter that a matrix product reads (`x @ weight`) has its gate from the first compiled call on, since only the
+    graph tells.
 
     Args:
         model: plain, or what `torch.compile` made of it; names are those of `named_parameters()` of the plain model.

@@ -82,7 +82,7 @@ class Region:
 
     def __init__(self, gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options, lower: Lower) -> None:
         self.options = options
-        gm = recognise_layers(copy_graph(gm), example_inputs)
+        gm, self._recognised = run(copy_graph(gm), example_inputs, [recognise_layers])
         self._gm, self._lower = gm, lower
         self.weights, self.layers = find_layers(gm, example_inputs, options)
         symbols, self._size_positions = cost.symbols_of(gm)
@@ -191,7 +191,7 @@ class Region:
             gm.meta.pop("dynamo_compile_id", None)  # outside Dynamo: no guards to serve, sizes as they are
         blocks = {node: gate.block for node, gate in self.gates_by_node(gates).items()}
         coupled = self._coupled(gates) if self._cost.attentions and blocks else None
-        gm, changes = run(gm, args, passes_for(blocks, that_may_rest(coupled and coupled[0])))
+        gm, changes = run(gm, args, passes_for(blocks, that_may_rest(coupled and coupled[0])), self._recognised)
         by_position = {weight.position: index for index, weight in enumerate(self.weights)}
         gated = tuple(by_position[position] for position in gm.meta["gated_weights"])
         densely = self._read_densely(gates)

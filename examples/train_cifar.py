@@ -43,10 +43,12 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
 # Channels of each stage, residual blocks in a stage, and by how much the stem shrinks the image. For the same FLOPs,
-# twice as wide on an image of half the size learns more in short training (docs/benchmarks.md).
+# twice as wide on an image of half the size learns more in short training; the widest loses least by being pruned
+# (docs/benchmarks.md).
 MODELS = {
     "resnet8": ((32, 64, 128), 1, 1),
     "wide-resnet8": ((64, 128, 256), 1, 2),
+    "wider-resnet8": ((128, 256, 512), 1, 2),
     "resnet18": ((64, 128, 256, 512), 2, 1),
 }
 WORDING = Wording(
@@ -198,7 +200,7 @@ def arguments() -> tuple[argparse.Namespace, Images]:
     """The settings, checked, and the images to train on."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, help="CIFAR-10, a folder or an .npz; default: scikit-learn's digits")
-    parser.add_argument("--model", choices=MODELS, help="default resnet8 for digits, wide-resnet8 for CIFAR-10")
+    parser.add_argument("--model", choices=MODELS, help="default resnet8 for digits, wider-resnet8 for CIFAR-10")
     parser.add_argument("--channels", type=stages, help="of each stage, instead of the model's, such as 32-64-128")
     parser.add_argument("--depth", type=int, help="residual blocks in a stage, instead of the model's")
     for name, default in {"batch": 64, "epochs": 3}.items():
@@ -206,7 +208,7 @@ def arguments() -> tuple[argparse.Namespace, Images]:
     parser.add_argument("--lr", type=float, default=0.1, help="peak learning rate of SGD, default %(default)s")
     add_options(parser)
     args = parser.parse_args()
-    args.model = args.model or ("resnet8" if args.data is None else "wide-resnet8")
+    args.model = args.model or ("resnet8" if args.data is None else "wider-resnet8")
     channels, depth, args.pool = MODELS[args.model]
     args.channels, args.depth = args.channels or channels, depth if args.depth is None else args.depth
     check_options(parser, args, ("batch", "epochs", "depth"))

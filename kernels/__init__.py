@@ -3,6 +3,7 @@
 index_lists       which blocks are active, as compressed rows and columns of fixed capacity
 reference         what the layers compute, in plain PyTorch: the specification
 window            how a convolution moves over its input
+verbs             a call of forward, dgrad or wgrad, as its arguments
 
 cpu_linear        forward, input gradient and weight gradient on the CPU
 cpu_conv          the same of a convolution

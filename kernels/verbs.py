@@ -1,6 +1,8 @@
 """A call of one of the three verbs that every family of kernels has, as its arguments.
 
-A convolution's call has a window, a linear's has none. `kernel` is a module with the verbs, or what looks like one.
+A convolution's call has a window, a linear's has none. `by` takes a module with the verbs, or what looks like one.
+`moving` is what is multiplied by the weight or makes its gradient, `last` what becomes of the sums, as
+`cpp_rows.source` calls it, `image` the spatial size of the layer's input.
 """
 
 from typing import Any, NamedTuple, TypeAlias
@@ -37,17 +39,14 @@ class Forward(NamedTuple):
 
     @property
     def moving(self) -> Tensor:
-        """What is multiplied by the weight, or makes its gradient."""
         return self.x
 
     @property
     def last(self) -> str:
-        """What becomes of the sums, as `cpp_rows.source` calls it."""
         return self.activation
 
     @property
     def image(self) -> tuple[int, ...]:
-        """Spatial size of the layer's input."""
         return tuple(self.x.shape[2:])
 
 

@@ -1,5 +1,6 @@
 """Graph passes: each takes Dynamo's graph and returns it with one thing changed.
 
+- `recognise_layers`: what is a linear or a product `x @ weight` by another name becomes one, before layers are found.
 - `gate_linear`: linear nodes whose weight has a gate become `ctrlprune::linear`, the gate's tensors become inputs.
 - `gate_matmul`: products `x @ weight` with such a weight likewise become `ctrlprune::matmul`.
 - `gate_conv`: convolution nodes likewise become `ctrlprune::conv`, on channels-last images.
@@ -9,9 +10,6 @@
 - `gate_nodes`: what the passes that gate layers share.
 - `layer_nodes`: what a layer's node says.
 - `graph_edit`: what every pass needs to leave a clean graph.
-
-Before them, and before layers are looked for, `recognise_layers` rewrites what is a linear or a product `x @ weight` by
-another name.
 
 After them Inductor runs `fuse_derivative` on its own graphs: an activation's backward pass moves into the input
 gradient that alone feeds it.
@@ -90,17 +88,18 @@ class Change:
 
 
 def run(
-    gm: fx.GraphModule, example_inputs: Sequence[Any], passes: Sequence[Pass]
+    gm: fx.GraphModule, example_inputs: Sequence[Any], passes: Sequence[Pass], earlier: tuple[Change, ...] = ()
 ) -> tuple[fx.GraphModule, tuple[Change, ...]]:
-    """Runs the passes in order; the graph that comes out, and what each of them changed.
+    """Runs the passes in order; the graph that comes out, and what each of them changed, after `earlier` ones.
 
     Logs at INFO which passes there are and how many operators each removed and added, at DEBUG its diff; the graphs
     and the diffs are artifacts in `TORCH_TRACE`.
     """
-    changes = []
-    text, drawn = _text(gm), outline(gm)
-    _trace("0_before_passes", lambda: text)
-    for number, graph_pass in enumerate(passes, 1):
+    changes = list(earlier)
+    text, drawn = (earlier[-1].after, earlier[-1].outlines[1]) if earlier else (_text(gm), outline(gm))
+    if not earlier:
+        _trace("0_before_passes", lambda: text)
+    for number, graph_pass in enumerate(passes, 1 + len(earlier)):
         before = _operators(gm)
         gm = graph_pass(gm, example_inputs)
         after = _operators(gm)

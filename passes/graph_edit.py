@@ -38,8 +38,23 @@ class Scope:
             return self.gm.graph.find_nodes(op="placeholder")[self.call.args.index(outer) - 1]
         with self.gm.graph.inserting_after(self.gm.graph.find_nodes(op="placeholder")[-1]):
             node = self.gm.graph.placeholder(outer.name)
+        node.meta.update({key: outer.meta[key] for key in ("example_value",) if key in outer.meta})
         self.call.args = (*self.call.args, outer)
         return node
+
+    def let_go(self, node: fx.Node) -> None:
+        """Erases a node that nobody reads any more, and of a body's input what made it; no input of the whole graph."""
+        if node.users or (node.op == "placeholder" and self.call is None):
+            return
+        if self.call is None or node.op != "placeholder":
+            self.gm.graph.erase_node(node)
+            return
+        at = 1 + self.gm.graph.find_nodes(op="placeholder").index(node)
+        outer = self.call.args[at]
+        self.gm.graph.erase_node(node)
+        self.call.args = (*self.call.args[:at], *self.call.args[at + 1 :])
+        if isinstance(outer, fx.Node) and outer.op != "placeholder" and not outer.users:
+            self.call.graph.erase_node(outer)
 
 
 def scopes(gm: fx.GraphModule) -> list[Scope]:

@@ -1,87 +1,126 @@
 """Rewrites what is a linear or a product with a Parameter by another name into one.
 
-`x @ weight.t()`, with any way to transpose and any to multiply, and `einsum("...k,nk->...n", x, weight)` are linears;
-`einsum("...k,kn->...n", x, weight)` is a product `x @ weight`.
+| the graph has | it becomes |
+| --- | --- |
+| a product of x and the transpose of a matrix, perhaps with a vector added (`addmm`) | `linear(x, weight, bias)` |
+| `linear(x, weight.t())` without a bias | `matmul(x, weight)` |
+| `einsum("...k,nk->...n", x, weight)` | `linear(x, weight)` |
+| `einsum("...k,kn->...n", x, weight)` | `matmul(x, weight)` |
+
+A transpose is `t`, `transpose`, `swapaxes` or `permute`, called with positions, or `.T` or `.mT`.
 """
 
+import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import fx
 
-from ctrlcompile.passes.graph_edit import clean, scopes
-from ctrlcompile.passes.layer_nodes import MATMUL, is_parameter, operands
+from ctrlcompile.passes.graph_edit import Scope, clean, scopes
+from ctrlcompile.passes.layer_nodes import LINEAR, MATMUL, is_linear, is_parameter, operands
 
 Call = tuple[Callable[..., Any], tuple[Any, ...]]
+GradModes = dict[fx.Node, Any]  # what `torch.no_grad()` or the like has set where a node stands; None: nothing has
+
+_EINSUM = re.compile(r"((?:[a-zA-Z]|\.\.\.)*)([a-zA-Z]),([a-zA-Z])([a-zA-Z])->\1([a-zA-Z])")
 
 
 def recognise_layers(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> fx.GraphModule:
-    """Has `torch.nn.functional.linear` and `torch.matmul` called where the graph computes as they do."""
+    """Has `linear` and `matmul` called where the graph computes as they do."""
+    modes: GradModes = {}
     for scope in scopes(gm):
-        for node in list(scope.gm.graph.nodes):
-            if (call := _as_linear(node) or _as_product(node)) is None:
+        graph = scope.gm.graph
+        modes |= _grad_modes(scope, modes)
+        for node in list(graph.nodes):
+            call = _of_transpose(node, scope, modes) or _of_einsum(node)
+            if call is None:
                 continue
-            with scope.gm.graph.inserting_before(node):
-                layer = scope.gm.graph.call_function(*call)
+            with graph.inserting_before(node):
+                layer = graph.call_function(*call)
             layer.meta.update(node.meta)
             node.replace_all_uses_with(layer)
-            before = [argument for argument in node.all_input_nodes if _transposed(argument) is not None]
-            scope.gm.graph.erase_node(node)
-            for transpose in before:
-                if not transpose.users:
-                    scope.gm.graph.erase_node(transpose)
+            read = node.all_input_nodes
+            graph.erase_node(node)
+            for transpose in read:
+                scope.let_go(transpose)
     return clean(gm)
 
 
-def _as_linear(node: fx.Node) -> Call | None:
-    """Of a product with a transposed Parameter, to which at most a vector is added."""
-    names = MATMUL.get(node.target) if node.op in ("call_function", "call_method") else None
-    if names is None or len(node.args) + len(node.kwargs) != len(names) or not set(names).issuperset(node.kwargs):
+def _grad_modes(scope: Scope, outside: GradModes) -> GradModes:
+    mode = None if scope.call is None else outside[scope.call]
+    found: GradModes = {}
+    for node in scope.gm.graph.nodes:
+        if node.target is torch._C._set_grad_enabled:
+            mode = node.args[0]
+        found[node] = mode
+    return found
+
+
+def _of_transpose(node: fx.Node, scope: Scope, modes: GradModes) -> Call | None:
+    """Of a product with a transposed Parameter."""
+    names = ("input", "weight", "bias") if is_linear(node) else MATMUL.get(node.target)
+    if names is None or len(node.args) > len(names) or not set(names).issuperset(node.kwargs):
         return None
     x, transpose, bias = operands(node)
-    weight = _transposed(transpose)
-    if weight is None or (bias is not None and bias.meta["example_value"].dim() != 1):
+    if not isinstance(transpose, fx.Node) or (weight := _transposed(transpose, scope, modes, modes[node])) is None:
+        return None
+    if node.target in LINEAR:
+        return None if bias is not None else (torch.matmul, (x, weight))
+    if bias is not None and tuple(bias.meta["example_value"].shape) != (weight.meta["example_value"].shape[0],):
         return None
     return torch.nn.functional.linear, (x, weight, bias)
 
 
-def _as_product(node: fx.Node) -> Call | None:
-    """Of an einsum of something with a Parameter that sums over the last dimension of it."""
-    if node.op != "call_function" or node.target is not torch.einsum or len(node.args) != 3:
+def _of_einsum(node: fx.Node) -> Call | None:
+    """Of one that sums over the last dimension of something and one of a Parameter."""
+    if node.target is not torch.einsum or len(node.args) != 3 or not is_parameter(node.args[2]):
         return None
     arguments: tuple[Any, ...] = node.args
     equation, x, weight = arguments
-    terms, arrow, result = str(equation).replace(" ", "").partition("->")
-    first, _, second = terms.partition(",")
-    if not arrow or len(second) != 2 or not first or not is_parameter(weight):
+    if (found := _EINSUM.fullmatch(equation.replace(" ", ""))) is None:
         return None
-    rows, summed = first[:-1], first[-1]
-    letters = rows.replace("...", "", 1) + second
-    if not (letters.isalpha() and len(set(letters)) == len(letters)) or summed not in second:
+    rows, summed, first, second, new = found.groups()
+    letters = [*rows.replace(".", ""), first, second]
+    if len(set(letters)) < len(letters) or {first, second} != {summed, new}:
         return None
-    sizes = [value.meta["example_value"].shape[at] for value, at in ((x, -1), (weight, second.index(summed)))]
-    if result != rows + second.replace(summed, "") or sizes[0] != sizes[1]:  # one that is 1 would be repeated
-        return None
-    return (torch.matmul if second[0] == summed else torch.nn.functional.linear), (x, weight)
+    if x.meta["example_value"].shape[-1] != weight.meta["example_value"].shape[first != summed]:
+        return None  # a size of 1 is repeated
+    return (torch.matmul if first == summed else torch.nn.functional.linear), (x, weight)
 
 
-def _transposed(node: Any) -> fx.Node | None:
-    """The Parameter, a matrix, that a node is the transpose of."""
-    if not isinstance(node, fx.Node) or node.op not in ("call_function", "call_method") or node.kwargs or not node.args:
+def _transposed(node: fx.Node, scope: Scope, modes: GradModes, mode: Any) -> fx.Node | None:
+    """The Parameter, as this graph knows it, of whose matrix a node is the transpose; inside a checkpoint's body also
+    where the graph around it transposes. It is one made in this grad `mode`: another would stop its gradient."""
+    outer = scope.outer(node) if node.op == "placeholder" else node
+    weight = None if outer is None else _matrix(outer)
+    if outer is None or weight is None or modes[outer] != mode:
+        return None
+    return weight if outer is node else scope.bring_in(weight)
+
+
+def _matrix(node: fx.Node) -> fx.Node | None:
+    """The Parameter that a node swaps the two dimensions of."""
+    swaps = _TRANSPOSES.get(node.target) if node.op in ("call_function", "call_method") else None
+    if swaps is None or node.kwargs or not is_parameter(node.args[0]):
         return None
     arguments: tuple[Any, ...] = node.args
     weight, *rest = arguments
-    if not is_parameter(weight) or weight.meta["example_value"].dim() != 2:
-        return None
-    dims = rest[0] if len(rest) == 1 and isinstance(rest[0], tuple | list) else rest
-    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
-    swapped = all(isinstance(dim, int) for dim in dims) and sorted(dim % 2 for dim in dims) == [0, 1]
-    known = {
-        "t": not rest,
-        "getattr": rest in (["T"], ["mT"]),
-        "transpose": swapped,
-        "swapaxes": swapped,
-        "permute": swapped and dims[0] % 2 == 1,
-    }
-    return weight if known.get(name, False) else None
+    return weight if weight.meta["example_value"].dim() == 2 and swaps(*rest) else None
+
+
+def _swapped(*dims: Any) -> bool:
+    return all(isinstance(dim, int) for dim in dims) and sorted(dim % 2 for dim in dims) == [0, 1]
+
+
+def _permuted(*dims: Any) -> bool:
+    order = dims[0] if len(dims) == 1 else dims
+    return _swapped(*order) and order[0] % 2 == 1
+
+
+_TRANSPOSES: dict[Any, Callable[..., bool]] = {
+    **dict.fromkeys((torch.t, "t"), lambda: True),
+    **dict.fromkeys((torch.transpose, "transpose", torch.swapaxes, "swapaxes"), _swapped),
+    **dict.fromkeys((torch.permute, "permute"), _permuted),
+    getattr: lambda name: name in ("T", "mT"),
+}  # functions and methods, and what says of their further arguments whether they do
