@@ -284,4 +284,4 @@ def test_the_installed_command_explains_with_graphs_and_its_logs_can_be_asked_fo
     assert done.stdout.startswith("layer ")
     assert "1 of 2 layers gated" in done.stdout, "64 outputs are two blocks of 32, too few"
     assert "Graph 1 of 1" in done.stdout
-    assert "1. gate_linear: " in done.stderr
+    assert "2. gate_linear: " in done.stderr

@@ -180,7 +180,7 @@ class Autoencoder(nn.Module):
         lambda x, w: torch.addmm(w, x, w),
         lambda x, w: x @ w + (w @ w).mean(),
         lambda x, w: x @ w + w.square().mean(),
-        lambda x, w: x @ w @ w.t(),
+        lambda x, w: x @ w @ w.t().contiguous(),
     ],
 )
 def test_a_weight_that_is_read_as_a_value_too_stays_dense_with_a_reason(body):

@@ -122,23 +122,30 @@ def check_sums(sums: Tensor, dense: Tensor, exact: Tensor, magnitude: Tensor) ->
     """`sums` against those of a gradient over its positions, with the dense gradient's and the exact one's."""
     summed = (reference.channel_sums(gradient, 1) for gradient in (dense, exact, magnitude.abs()))
     of_dense, of_exact, of_magnitude = summed
-    within_budget(sums, of_dense, of_exact, magnitude=of_magnitude)
+    within_budget(sums, of_dense, of_exact, magnitude=of_magnitude, of=dense.dtype)
 
 
-def within_budget(ours: Tensor, dense: Tensor, exact: Tensor, units: int = 4, magnitude: Tensor | None = None) -> None:
+def within_budget(
+    ours: Tensor,
+    dense: Tensor,
+    exact: Tensor,
+    units: int = 4,
+    magnitude: Tensor | None = None,
+    of: torch.dtype | None = None,
+) -> None:
     """Error against float64 at most 10 times (float32) or 1.1 times (half types) that of torch's dense operator.
 
     Errors of so many `units` in the last place of float32, at the size of the result or of a `magnitude`, are not told
     apart: the dense result of a small product may be exact by luck. What sums many products into few entries gives as
-    magnitude the sums of their absolute values. Of few entries in a half type, half a unit in its last place is
-    allowed, as much as the one rounding makes.
+    magnitude the sums of their absolute values. Of few entries in a half type, or summed `of` one, half a unit in its
+    last place is allowed, as much as the one rounding makes.
     """
     assert ours.shape == exact.shape
     if not exact.numel():
         return
     factor = 10 if ours.dtype == torch.float32 else 1.1
-    few = ours.dtype != torch.float32 and exact.numel() < FEW
-    unit = torch.finfo(ours.dtype).eps / 2 if few else units * torch.finfo(torch.float32).eps
+    few = (of or ours.dtype) != torch.float32 and exact.numel() < FEW
+    unit = torch.finfo(of or ours.dtype).eps / 2 if few else units * torch.finfo(torch.float32).eps
     floor = unit * (exact if magnitude is None else magnitude).abs().max().item()
     ours_error, dense_error = (ours.double() - exact).abs(), (dense.double() - exact).abs()
     for measure in (lambda error: error.square().mean().sqrt().item(), lambda error: error.max().item()):

@@ -196,7 +196,7 @@ def test_an_addmm_of_another_type_than_its_bias_stays_of_that_type():
         (y,) = gm(*captured.inputs, *gate.inputs)
     assert y.dtype == captured.output.dtype == torch.bfloat16
     rows, weight = (t.bfloat16().double() for t in (x, model.weight))
-    limit = 2**-8 * (rows.abs() @ weight.abs() + model.bias.abs())  # of three roundings to 2**-9
+    limit = 2**-7 * (rows.abs() @ weight.abs() + model.bias.abs())  # of three roundings to 2**-8
     assert ((y.double() - rows @ weight - model.bias).abs() <= 1.01 * limit).all()
 
 
