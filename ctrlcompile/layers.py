@@ -135,7 +135,7 @@ def _weight(
     readers = [user for user, known in users if is_weight_of(known, user)]
     read_otherwise = len(readers) < len(users)
     if read_otherwise:
-        registry.refuse(parameter, "shared with another kind of layer, such as an embedding")
+        registry.refuse(parameter, "read by something else, too, such as an embedding")
     excluded = name_excluded(name, options.exclude) is not None
     had_gate = registry.get(parameter) is not None
     reason = _why_dense(parameter, name, x_dtype, options, readers)

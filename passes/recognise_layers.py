@@ -21,7 +21,7 @@ from ctrlcompile.passes.graph_edit import Scope, clean, scopes
 from ctrlcompile.passes.layer_nodes import LINEAR, MATMUL, is_linear, is_parameter, operands
 
 Call = tuple[Callable[..., Any], tuple[Any, ...]]
-GradModes = dict[fx.Node, Any]  # what `torch.no_grad()` or the like has set where a node stands; None: nothing has
+GradModes = dict[fx.Node, bool]  # whether gradients flow where a node stands: not under `torch.no_grad()`, say
 
 _EINSUM = re.compile(r"((?:[a-zA-Z]|\.\.\.)*)([a-zA-Z]),([a-zA-Z])([a-zA-Z])->\1([a-zA-Z])")
 
@@ -48,28 +48,43 @@ def recognise_layers(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> fx.Gr
 
 
 def _grad_modes(scope: Scope, outside: GradModes) -> GradModes:
-    mode = None if scope.call is None else outside[scope.call]
+    on, inference = torch.is_grad_enabled() if scope.call is None else outside[scope.call], False
+    left: list[Any] = []  # what each inference mode that is not over goes back to
     found: GradModes = {}
     for node in scope.gm.graph.nodes:
+        name = getattr(node.target, "__name__", "")
         if node.target is torch._C._set_grad_enabled:
-            mode = node.args[0]
-        found[node] = mode
+            on = bool(node.args[0])
+        elif name == "_enter_inference_mode":
+            left.append(inference)
+            inference = node.args[0]
+        elif name == "_exit_inference_mode":
+            inference = left.pop() if left else False
+        found[node] = on and not inference
     return found
 
 
 def _of_transpose(node: fx.Node, scope: Scope, modes: GradModes) -> Call | None:
-    """Of a product with a transposed Parameter."""
+    """Of a product with a transposed Parameter; inside a checkpoint's body also where the graph around it transposes.
+
+    Not of one that was transposed where gradients stop, and is multiplied where they do not.
+    """
     names = ("input", "weight", "bias") if is_linear(node) else MATMUL.get(node.target)
-    if names is None or len(node.args) > len(names) or not set(names).issuperset(node.kwargs):
+    if names is None or len(node.args) > len(names):
+        return None
+    if any(
+        (name, value) not in (("beta", 1), ("alpha", 1)) for name, value in node.kwargs.items() if name not in names
+    ):
         return None
     x, transpose, bias = operands(node)
-    if not isinstance(transpose, fx.Node) or (weight := _transposed(transpose, scope, modes, modes[node])) is None:
+    outer = scope.outer(transpose) if isinstance(transpose, fx.Node) and transpose.op == "placeholder" else transpose
+    if not isinstance(outer, fx.Node) or (weight := _matrix(outer)) is None or (modes[node] and not modes[outer]):
         return None
-    if node.target in LINEAR:
-        return None if bias is not None else (torch.matmul, (x, weight))
-    if bias is not None and tuple(bias.meta["example_value"].shape) != (weight.meta["example_value"].shape[0],):
+    outputs = weight.meta["example_value"].shape[:1]
+    if bias is not None and (node.target in LINEAR or bias.meta["example_value"].shape != outputs):
         return None
-    return torch.nn.functional.linear, (x, weight, bias)
+    here = weight if outer is transpose else scope.bring_in(weight)
+    return (torch.matmul, (x, here)) if node.target in LINEAR else (torch.nn.functional.linear, (x, here, bias))
 
 
 def _of_einsum(node: fx.Node) -> Call | None:
@@ -87,16 +102,6 @@ def _of_einsum(node: fx.Node) -> Call | None:
     if x.meta["example_value"].shape[-1] != weight.meta["example_value"].shape[first != summed]:
         return None  # a size of 1 is repeated
     return (torch.matmul if first == summed else torch.nn.functional.linear), (x, weight)
-
-
-def _transposed(node: fx.Node, scope: Scope, modes: GradModes, mode: Any) -> fx.Node | None:
-    """The Parameter, as this graph knows it, of whose matrix a node is the transpose; inside a checkpoint's body also
-    where the graph around it transposes. It is one made in this grad `mode`: another would stop its gradient."""
-    outer = scope.outer(node) if node.op == "placeholder" else node
-    weight = None if outer is None else _matrix(outer)
-    if outer is None or weight is None or modes[outer] != mode:
-        return None
-    return weight if outer is node else scope.bring_in(weight)
 
 
 def _matrix(node: fx.Node) -> fx.Node | None:

@@ -143,7 +143,7 @@ REASONS = {
     "excluded.weight": "excluded by '*excluded*'",
     "frozen.weight": "frozen",
     "normed.weight": "parametrization",
-    "read.weight": "shared with another kind of layer",
+    "read.weight": "read by something else, too",
     "up.weight": "transposed convolutions are not gated",
     "single.weight": "no batch dimension",
     "wide.weight": "torch.float64",

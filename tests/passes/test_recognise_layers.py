@@ -43,6 +43,13 @@ def check_gated(model, x, *further, transposed=False, dtype=None):
     assert all(row.gated and row.name == "weight" for row in cc.explain(run)(x).rows)
 
 
+def around_no_grad(x, w, b):
+    transpose = w.T
+    with torch.no_grad():
+        mean = (x @ transpose).mean()
+    return (x - mean) @ transpose
+
+
 LINEARS = {
     "x @ w.t()": lambda x, w, b: x @ w.t(),
     "x @ w.T": lambda x, w, b: x @ w.T,
@@ -51,6 +58,8 @@ LINEARS = {
     "x.matmul with permute": lambda x, w, b: x.matmul(w.permute(1, 0)),
     "mm by keyword": lambda x, w, b: torch.mm(x, mat2=torch.transpose(w, 0, 1)),
     "addmm": lambda x, w, b: torch.addmm(b, x, torch.t(w)),
+    "addmm that scales by 1": lambda x, w, b: torch.addmm(b, x, w.t(), beta=1, alpha=1),
+    "around no_grad": around_no_grad,
     "added afterwards": lambda x, w, b: x @ w.swapaxes(0, 1) + b,
     "a transpose for two": lambda x, w, b: (
         (t := w.t()) is not None and x @ t + torch.relu(x) @ torch.permute(w, (1, 0)) @ torch.eye(OUT) + x.neg() @ t
@@ -98,6 +107,16 @@ def test_a_tied_autoencoder_has_one_gate_however_it_is_written():
     check_gated(By(lambda x, w, b: F.linear(torch.relu(F.linear(x, w, b)), w.t()), (OUT, IN)), torch.randn(5, IN))
 
 
+def test_a_checkpoint_whose_products_stay_as_they_are_keeps_its_inputs():
+    def forward(x, w, b):
+        transpose = w.T
+        return checkpoint(lambda v: torch.relu(F.linear(v, transpose, b)), x, use_reentrant=False)
+
+    run = compiled(By(forward, (OUT, OUT)), x := torch.randn(5, OUT))
+    change = cc.explain(run)(x).graphs[0].changes[0]
+    assert (change.name, change.diff) == ("recognise_layers", "")
+
+
 def test_the_pass_is_seen_where_passes_are():
     model = By(LINEARS["x @ w.T"], (OUT, IN))
     run = compiled(model, x := torch.randn(5, IN))
@@ -119,9 +138,16 @@ def stopped(x, w, b):
     return x @ transpose + b
 
 
+def stopped_by_inference_mode(x, w, b):
+    with torch.inference_mode():
+        transpose = w.T
+    return torch.relu(x) @ transpose + b
+
+
 MATRIX, STACK = (OUT, OUT), (5, OUT, OUT)
 OTHERS = {  # with the shape of the weight; x is [5, OUT]
     "its gradient is stopped": (stopped, MATRIX),
+    "its gradient is stopped by inference mode": (stopped_by_inference_mode, MATRIX),
     "a function of the same name": (lambda x, w, b: x @ t(w), MATRIX),
     "not transposed after all": (lambda x, w, b: x @ w.permute(0, 1) @ w.transpose(0, 0), MATRIX),
     "read otherwise, too": (lambda x, w, b: x @ w.t() + w.sum(), MATRIX),
