@@ -127,5 +127,5 @@ _TRANSPOSES: dict[Any, Callable[..., bool]] = {
     **dict.fromkeys((torch.t, "t"), lambda: True),
     **dict.fromkeys((torch.transpose, "transpose", torch.swapaxes, "swapaxes"), _swapped),
     **dict.fromkeys((torch.permute, "permute"), _permuted),
-    getattr: lambda name: name in ("T", "mT"),
+    getattr: lambda name, *_: name in ("T", "mT"),
 }  # functions and methods, and what says of their further arguments whether they do

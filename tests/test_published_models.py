@@ -76,9 +76,6 @@ def test_a_published_model_lands_and_its_weights_alone_say_what_it_computes(make
     assert controller.flops_used / controller.flops_dense == pytest.approx(BUDGET, rel=0.02)
     for name, gate in controller.gates.items():
         assert not gate.weight[masked_entries(gate)].any(), name
-    assert sum(gate.active for gate in controller.gates.values()) < sum(
-        g.mask.numel() for g in controller.gates.values()
-    )
 
     found = []
     for call in (compiled, model):
