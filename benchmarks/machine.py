@@ -23,7 +23,8 @@ def describe(device: torch.device) -> dict[str, object]:
         "python": platform.python_version(), "command": command(),
     }  # fmt: skip
     if device.type != "cuda":
-        return found | {"isa": isa.current().name, "compiler": _first_line(*build.compiler(), "--version")}
+        isa_name = isa.current(torch.bfloat16).name  # for float32 the same, or less
+        return found | {"isa": isa_name, "compiler": _first_line(*build.compiler(), "--version")}
     import triton
 
     properties = torch.cuda.get_device_properties(device)

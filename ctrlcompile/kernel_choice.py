@@ -131,7 +131,7 @@ def kernel_name(device: torch.device, x_dtype: torch.dtype, weight_dtype: torch.
     """What users call the kernel for these types: language, instruction set or device, types."""
     _, _, x_dtype, weight_dtype, _, _ = _types(LINEAR, device, x_dtype, weight_dtype, (0, 0))
     types = " x ".join(sorted({str(dtype).removeprefix("torch.") for dtype in (x_dtype, weight_dtype)}))
-    return f"C++ {isa.current().name} {types}" if device.type == "cpu" else f"Triton {types}"
+    return f"C++ {isa.current(x_dtype).name} {types}" if device.type == "cpu" else f"Triton {types}"
 
 
 def device_name(device: torch.device) -> str:

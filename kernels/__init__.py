@@ -13,6 +13,7 @@ cpp_rows_packing  generates what it packs: listed blocks of the weight, inputs o
 cpp_wgrad         generates it: weight gradient
 cpp_window        what both share: where the rows of a product find their inputs
 cpp_vectors       what both begin with: vector types, bfloat16, activations
+cpp_factors       what they multiply: float32, or pairs of bfloat16
 isa               instruction sets, and how a kernel fills their registers
 cpu_signals       what of a dense gradient is the gate's, and its signals
 cpp_signals       generates the C++ of that

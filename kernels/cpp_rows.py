@@ -7,14 +7,14 @@ registers over the whole list.
 
 The plan of one call: pack the listed blocks of the weight, in the order in which they will be read; then tiles of rows,
 each with inputs small enough for the second-level cache, run over all lists and phases, and over what sums over nothing
-at the end, at once. Inputs are packed, too, but those of a linear in float32 and whole blocks, which are read where
-they lie. A thread takes a tile for itself as long as there are tiles, then helps with what is left of the others, so
-that neither few rows nor unequal lists leave one idle.
+at the end, at once. Inputs are packed, too, but those of a linear in whole blocks, of the type that is multiplied,
+which are read where they lie. A thread takes a tile for itself as long as there are tiles, then helps with what is left
+of the others, so that neither few rows nor unequal lists leave one idle.
 """
 
 import torch
 
-from . import cpp_vectors, cpp_window
+from . import cpp_factors, cpp_vectors, cpp_window
 from .cpp_rows_packing import PACKING
 from .isa import Isa, panels
 from .reference import BACKWARD, DIFFERENTIATED
@@ -37,10 +37,11 @@ def source(
         f"        strip<v{s.lanes}, {s.vectors}, {s.rows}>(c, list, phase, {s.first}, inputs_at, tile, total);"
         for s in strips
     )
-    packs = "\n".join(f"    pack_strip<{s.width}>(c, list, phase, {s.first});" for s in strips)
+    packs = "\n".join(f"    pack_strip<{s.width}>(c, list, phase, {s.first}, room);" for s in strips)
     what = f"{outputs} x {inputs} blocks (output x input columns), {x_dtype} x {weight_dtype}, activation {activation}"
     return (
         cpp_vectors.prelude(f"Block-sparse rows of outputs: {what}", isa)
+        + cpp_factors.source(isa, x_dtype)
         + last
         + cpp_window.GEOMETRY
         + f"""
@@ -105,19 +106,20 @@ INLINE void finish(const Call& c, const int64_t* to, int64_t column, int64_t wid
 }
 
 template <class V, int VECTORS, int ROWS>
-__attribute__((noinline)) void kernel(const Call& c, const List& list, const Phase& phase, int strip, const float* x,
-                                      const Rows& rows, const int64_t* tap_at, int64_t row, float* total) {
+__attribute__((noinline)) void kernel(const Call& c, const List& list, const Phase& phase, int strip,
+                                      const packed_t* x, const Rows& rows, const int64_t* tap_at, int64_t row,
+                                      float* total) {
   constexpr int WIDTH = VECTORS * V::lanes;
   const int64_t* const to = rows.to + row;
   const int64_t column = list.column + strip;
   typename V::f acc[ROWS][VECTORS];
   UNROLL for (int i = 0; i < ROWS; ++i)
     UNROLL for (int v = 0; v < VECTORS; ++v) acc[i][v] = load<V>(list.bias + strip + v * V::lanes);
-  const float* pixel[ROWS];
+  const packed_t* pixel[ROWS];
   UNROLL for (int i = 0; i < ROWS; ++i) pixel[i] = x + rows.at[row + i] + list.input;
   const int64_t length = list.length, taps = phase.taps, all = length * taps;
   const int32_t* entry = c.indices + list.begin;
-  const float* w = c.packed_strip(list, phase, strip);
+  const packed_t* w = c.packed_strip(list, phase, strip);
   int64_t j = 0, t = 0, from = all ? (int64_t)entry[0] * IN + tap_at[0] : 0;
   int fetched = 0;  // rows of the output that the cache has been asked for
   const int fetch = all >= ROWS ? 1 : all ? (ROWS + (int)all - 1) / (int)all : 0;
@@ -125,7 +127,7 @@ __attribute__((noinline)) void kernel(const Call& c, const List& list, const Pha
     if (++t == taps) t = 0, ++j;
     const int64_t next = (int64_t)entry[j < length ? j : 0] * IN + tap_at[t];
     UNROLL for (int i = 0; i < ROWS; ++i)
-      UNROLL for (int k = 0; k < IN; k += 16) __builtin_prefetch(pixel[i] + next + k);
+      UNROLL for (int k = 0; k < IN; k += 64 / sizeof(packed_t)) __builtin_prefetch(pixel[i] + next + k);
     // What is stored at the end is in the cache by then. A few rows at a time: a core waits for few lines at once, and
     // the inputs come the same way.
     for (const int last = std::min(ROWS, fetched + fetch); fetched < last; ++fetched)
@@ -134,11 +136,11 @@ __attribute__((noinline)) void kernel(const Call& c, const List& list, const Pha
         if (KEEPS_Z || TAKES_Z) __builtin_prefetch(c.z + to[fetched] + column + v, KEEPS_Z);
       }
     // Twice, not more: instructions whose offsets fit a byte are fetched as fast as they execute.
-    UNROLL_TWICE for (int k = 0; k < IN; ++k, w += WIDTH) {
-      typename V::f b[VECTORS];
-      UNROLL for (int v = 0; v < VECTORS; ++v) b[v] = load<V>(w + v * V::lanes);
+    UNROLL_TWICE for (int k = 0; k < IN; k += DEPTH, w += DEPTH * WIDTH) {
+      factors<V> b[VECTORS];
+      UNROLL for (int v = 0; v < VECTORS; ++v) b[v] = load_factors<V>(w + v * DEPTH * V::lanes);
       UNROLL for (int i = 0; i < ROWS; ++i)
-        UNROLL for (int v = 0; v < VECTORS; ++v) acc[i][v] += pixel[i][from + k] * b[v];
+        UNROLL for (int v = 0; v < VECTORS; ++v) acc[i][v] = multiply_add<V>(acc[i][v], pixel[i] + from + k, b[v]);
     }
     from = next;
   }
@@ -146,7 +148,7 @@ __attribute__((noinline)) void kernel(const Call& c, const List& list, const Pha
 }
 
 template <class V, int VECTORS, int ROWS>
-void kernel_of(int64_t count, const Call& c, const List& list, const Phase& phase, int strip, const float* x,
+void kernel_of(int64_t count, const Call& c, const List& list, const Phase& phase, int strip, const packed_t* x,
                const Rows& rows, const int64_t* tap_at, int64_t row, float* total) {
   if (count == ROWS)
     kernel<V, VECTORS, ROWS>(c, list, phase, strip, x, rows, tap_at, row, total);
@@ -156,7 +158,7 @@ void kernel_of(int64_t count, const Call& c, const List& list, const Phase& phas
 
 // One strip of an output block for the rows of a tile in one phase, in groups of nearly equal size.
 template <class V, int VECTORS, int ROWS>
-void strip(const Call& c, const List& list, int64_t f, int at, const float* x, const Tile& tile, float* total) {
+void strip(const Call& c, const List& list, int64_t f, int at, const packed_t* x, const Tile& tile, float* total) {
   if (at >= list.width) return;
   const Phase& phase = c.g.phase()[f];
   const Rows& rows = tile.phase[f];
@@ -220,31 +222,35 @@ bool lie_in_order(const Geometry& g, int64_t w_tap) {
   return in_order;
 }
 
-// Whether inputs are read where they lie: rows of a linear, in float32, in whole blocks, of which fewer lie in
-// the same sets of the first-level cache at a time than it has ways.
+// Whether inputs are read where they lie: rows of a linear, as they are multiplied, in whole blocks, of which fewer lie
+// in the same sets of the first-level cache at a time than it has ways.
 bool need_no_packing(const Geometry& g, int64_t groups, int64_t inputs, int ways) {
   bool linear = g.images * g.out[0] * g.out[1] * g.phases * g.taps * groups == 1;
   for (int d = 0; d < 3; ++d) linear &= g.in[d] == g.out[d] && g.first[d] == 0 && g.step[d] == 1;
-  const bool spread = g.x_stride[3] % 1024 != 0 || (g.x_stride[3] != 0 && GRAIN < ways);
-  return linear && std::is_same<x_t, float>::value && inputs % IN == 0 && spread;
+  const bool spread = g.x_stride[3] * sizeof(x_t) % 4096 != 0 || (g.x_stride[3] != 0 && GRAIN < ways);
+  return linear && std::is_same<x_t, packed_t>::value && inputs % IN == 0 && spread;
 }
 
 struct Plan {
+  static constexpr int64_t LINE = 64 / sizeof(packed_t);  // entries of a cache line
   bool packs;
   int64_t columns, lists, pixel_stride;
   Tiles tiles;
-  int64_t tile_floats, table_bytes, packed_floats, total_floats;
-  Plan(const Geometry& g, int64_t groups, int64_t outputs, int64_t inputs, int64_t tile_bytes, int ways)
+  int64_t tile_bytes, table_bytes, packed_bytes, room_bytes, total_bytes;
+  Plan(const Geometry& g, int64_t groups, int64_t outputs, int64_t inputs, int64_t most, int ways)
       : packs(!need_no_packing(g, groups, inputs, ways)),
         columns((inputs + IN - 1) / IN),
         lists(groups * ((outputs + OUT - 1) / OUT)),
-        pixel_stride(((groups * columns * IN + 15) / 16 | 1) * 16),  // an odd number of cache lines
-        tiles(g, 24, 192, GRAIN, [&](const Tiles& t) { return 4 * t.pixels * pixel_stride <= tile_bytes; }) {
-    tile_floats = packs ? tiles.pixels * pixel_stride : 0;
+        pixel_stride(((groups * columns * IN + LINE - 1) / LINE | 1) * LINE),  // an odd number of cache lines
+        tiles(g, 24, 192, GRAIN, [&](const Tiles& t) { return bytes(t.pixels * pixel_stride) <= most; }) {
+    tile_bytes = packs ? bytes(tiles.pixels * pixel_stride) : 0;
     table_bytes = Tile::bytes(tiles);
-    packed_floats = lists * columns * g.taps * OUT * IN;
-    total_floats = TAKES_Z ? tiles.count * g.phases * lists * OUT : 0;
+    packed_bytes = bytes(lists * columns * g.taps * OUT * IN);
+    room_bytes = DEPTH == 1 ? 0 : sizeof(float) * g.taps * OUT * IN;
+    total_bytes = TAKES_Z ? sizeof(float) * tiles.count * g.phases * lists * OUT : 0;
   }
+
+  static int64_t bytes(int64_t packed) { return sizeof(packed_t) * packed; }
 };
 
 // The lists in the order in which they are taken: each output block has one, or, where `shared`, the blocks at the same
@@ -273,8 +279,8 @@ extern "C" int64_t scratch_bytes(const Geometry* g, int64_t groups, int64_t outp
                                  int64_t tile_bytes, int ways, int threads) {
   const Plan p(*g, groups, outputs, inputs, tile_bytes, ways);
   return threads * p.table_bytes + p.lists * (int64_t)(sizeof(List) + sizeof(Constant)) +
-         groups * p.columns * (int64_t)(sizeof(Run) + sizeof(int32_t)) +
-         4 * (p.packed_floats + threads * p.tile_floats + p.lists * OUT + p.total_floats + p.tiles.count + 1);
+         groups * p.columns * (int64_t)(sizeof(Run) + sizeof(int32_t)) + p.packed_bytes +
+         threads * (p.tile_bytes + p.room_bytes) + p.total_bytes + 4 * (p.lists * OUT + p.tiles.count + 1);
 }
 
 // x and y as `geometry` has them, z like y, sums [groups * outputs]. Outputs and inputs are those of a group. The
@@ -288,15 +294,16 @@ extern "C" void run(const Geometry* geometry, const x_t* x, const w_t* weight, i
   List* const lists = (List*)(scratch + threads * p.table_bytes);
   Constant* const constants = (Constant*)(lists + p.lists);
   Run* const runs = (Run*)(constants + p.lists);
-  float* const packed = (float*)(runs + groups * p.columns);
-  float* const tile_buffers = packed + p.packed_floats;
-  float* const whole_bias = tile_buffers + threads * p.tile_floats;
+  char* const packed = (char*)(runs + groups * p.columns);
+  char* const tile_buffers = packed + p.packed_bytes;
+  char* const rooms = tile_buffers + threads * p.tile_bytes;
+  float* const whole_bias = (float*)(rooms + threads * p.room_bytes);
   float* const totals = whole_bias + p.lists * OUT;  // [tile][turn][OUT]
-  int32_t* const next_turn = (int32_t*)(totals + p.total_floats);
+  int32_t* const next_turn = (int32_t*)((char*)totals + p.total_bytes);
   int32_t* const next_tile = next_turn + p.tiles.count;
   int32_t* const named = next_tile + 1;
   Call c = {*geometry, x, weight, w_out, w_in, w_tap, indices, y, z, groups, inputs, shared ? groups * inputs : inputs,
-            lie_in_order(*geometry, w_tap), runs, 0, packed, p.pixel_stride};
+            lie_in_order(*geometry, w_tap), runs, 0, (packed_t*)packed, p.pixel_stride};
   set_lists(c, outputs, shared, bias, offsets, order, lists, whole_bias);
   std::fill(next_turn, next_tile + 1, 0);
   int64_t live = p.lists;  // the longest lists come first, those that are empty last
@@ -309,11 +316,12 @@ extern "C" void run(const Geometry* geometry, const x_t* x, const w_t* weight, i
 #pragma omp parallel num_threads(threads)
   {
 #pragma omp for schedule(dynamic, 1)
-    for (int64_t i = 0; i < live; ++i) pack_list(c, lists[i]);
+    for (int64_t i = 0; i < live; ++i)
+      pack_list(c, lists[i], (float*)(rooms + omp_get_thread_num() * p.room_bytes));
 
     int64_t held = -1;  // the tile that this thread's buffer and tables hold
-    float* const tile_x = tile_buffers + omp_get_thread_num() * p.tile_floats;
-    const float* inputs_at = tile_x;
+    packed_t* const tile_x = (packed_t*)(tile_buffers + omp_get_thread_num() * p.tile_bytes);
+    const packed_t* inputs_at = tile_x;
     Tile tile(p.tiles, scratch + omp_get_thread_num() * p.table_bytes);
     auto work_on = [&](int64_t i) {
       for (;;) {
@@ -324,7 +332,7 @@ extern "C" void run(const Geometry* geometry, const x_t* x, const w_t* weight, i
           pack_x(c, tile, tile_x);
         } else if (held != i) {
           tile.set(p.tiles, i, geometry->x_stride[3]);
-          inputs_at = (const float*)(c.x + tile.from[0]);
+          inputs_at = (const packed_t*)(c.x + tile.from[0]);
         }
         held = i;
         if (turn == listed) {

@@ -25,27 +25,27 @@ struct Call {
   bool in_order;           // the weight's taps lie side by side, and one phase has them all
   const Run* run;          // what is packed of a pixel
   int64_t runs;
-  float* packed;           // the listed blocks, list by list, phase by phase, strip by strip
-  int64_t pixel_stride;    // of packed pixels, in floats
+  packed_t* packed;        // the listed blocks, list by list, phase by phase, strip by strip
+  int64_t pixel_stride;    // of packed pixels, in entries
 
-  // [entry of the list][tap of the phase][input][column of the strip]
-  float* packed_strip(const List& l, const Phase& phase, int64_t strip) const {
+  // [entry of the list][tap of the phase][DEPTH inputs][column of the strip][of these inputs]
+  packed_t* packed_strip(const List& l, const Phase& phase, int64_t strip) const {
     return packed + IN * (l.begin * g.taps * OUT + l.length * (phase.first_tap * OUT + phase.taps * strip));
   }
 };
 
 // ---- packing -------------------------------------------------------------------------------------------------------
 
-// The pixels of a tile as float32, each group zero up to a whole block, at a stride that spreads them over the cache's
-// sets. What no list names is left out.
-void pack_x(const Call& c, const Tile& tile, float* to) {
+// The pixels of a tile, each group zero up to a whole block, at a stride that spreads them over the cache's sets. What
+// no list names is left out.
+void pack_x(const Call& c, const Tile& tile, packed_t* to) {
   for (int64_t p = 0; p < tile.pixels; ++p, to += c.pixel_stride)
     for (const Run* run = c.run; run < c.run + c.runs; ++run)
       if (tile.from[p] < 0) {
-        std::memset(to + run->to, 0, (run->size + run->zeros) * sizeof(float));
+        std::memset(to + run->to, 0, (run->size + run->zeros) * sizeof(packed_t));
       } else {
         copy<8192>(c.x + tile.from[p] + run->from, run->size, to + run->to);
-        if (run->zeros) std::memset(to + run->to + run->size, 0, run->zeros * sizeof(float));
+        if (run->zeros) std::memset(to + run->to + run->size, 0, run->zeros * sizeof(packed_t));
       }
 }
 
@@ -69,12 +69,25 @@ int64_t set_runs(const Call& c, const List* lists, int64_t count, int32_t* named
   return found;
 }
 
-// Columns [strip, strip + WIDTH) of the blocks of a list, for one phase; zero where the weight ends.
-template <int WIDTH> void pack_strip(const Call& c, const List& l, const Phase& phase, int64_t strip) {
+// Rows of WIDTH columns, two by two and rounded: each column has its two side by side.
+template <int WIDTH> void pair_up(const float* rows, int64_t count, bf16* to) {
+  for (int64_t a = 0; a < count; a += 2, rows += 2 * WIDTH)
+    for (int b = 0; b < WIDTH; b += Narrow::lanes, to += 2 * Narrow::lanes) {
+      const Narrow::u first = rounded<Narrow>(load<Narrow>(rows + b));
+      const Narrow::u second = rounded<Narrow>(load<Narrow>(rows + WIDTH + b));
+      const Narrow::u pairs = first >> 16 | (second & 0xffff0000u);
+      std::memcpy(to, &pairs, sizeof pairs);
+    }
+}
+
+// Columns [strip, strip + WIDTH) of the blocks of a list, for one phase; zero where the weight ends. `room` is for a
+// block in float32 on its way to pairs.
+template <int WIDTH> void pack_strip(const Call& c, const List& l, const Phase& phase, int64_t strip, float* room) {
   const Tap* const tap = c.g.tap() + phase.first_tap;
   const int64_t taps = phase.taps, columns = std::min<int64_t>(WIDTH, l.width - strip);
-  float* to = c.packed_strip(l, phase, strip);
-  for (int64_t j = l.begin; j < l.begin + l.length; ++j, to += taps * WIDTH * IN) {
+  packed_t* packed = c.packed_strip(l, phase, strip);
+  for (int64_t j = l.begin; j < l.begin + l.length; ++j, packed += taps * WIDTH * IN) {
+    float* const to = DEPTH == 1 ? (float*)packed : room;
     const int64_t i = (int64_t)c.indices[j] * IN;
     const w_t* from = c.weight + l.weight + strip * c.w_out + i * c.w_in;
     const bool whole = columns == WIDTH && i + IN <= c.listed;
@@ -122,10 +135,11 @@ template <int WIDTH> void pack_strip(const Call& c, const List& l, const Phase& 
           for (int b = 0; b < columns; ++b) to[(t * IN + a) * WIDTH + b] = to_float(line[b * c.w_out]);
         }
     }
+    if (DEPTH == 2) pair_up<WIDTH>(to, taps * IN, (bf16*)packed);
   }
 }
 
-void pack_list(const Call& c, const List& list) {
+void pack_list(const Call& c, const List& list, float* room) {
   for (int64_t f = 0; f < c.g.phases; ++f) {
     const Phase& phase = c.g.phase()[f];
 $PACKS

@@ -60,6 +60,9 @@ _PRIMITIVES = """\
 #include <type_traits>
 #include <vector>
 #include <omp.h>
+#if defined(__AVX512BF16__)
+#include <immintrin.h>
+#endif
 
 #if defined(__clang__)
 #define UNROLL _Pragma("unroll")
@@ -92,14 +95,32 @@ template <class V> INLINE typename V::f load(const bf16* p) {
   return (typename V::f)(__builtin_convertvector(h, typename V::u) << 16);
 }
 
+// Of each column the two of two rows, the first in the lower half.
+template <class V> INLINE typename V::u in_pairs(const bf16* row, const bf16* next) {
+#if defined(__AVX512BF16__)  // GCC makes five instructions of this one
+  if constexpr (V::lanes == 16) {
+    const __m512i low = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)row));
+    const __m512i high = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)next));
+    return (typename V::u)_mm512_or_si512(low, _mm512_slli_epi32(high, 16));
+  }
+#endif
+  typename V::h low, high;
+  std::memcpy(&low, row, sizeof low);
+  std::memcpy(&high, next, sizeof high);
+  return __builtin_convertvector(low, typename V::u) | __builtin_convertvector(high, typename V::u) << 16;
+}
+
 template <class V> INLINE void store(float* p, typename V::f v) { std::memcpy(p, &v, sizeof v); }
 
-// Rounds to the nearest, ties to even; a NaN stays one.
-template <class V> INLINE void store(bf16* p, typename V::f v) {
+// Rounded to the nearest bfloat16, ties to even, in the upper half of each word; a NaN stays one.
+template <class V> INLINE typename V::u rounded(typename V::f v) {
   const typename V::u bits = (typename V::u)v;
-  const typename V::u rounded = bits + 0x7fff + ((bits >> 16) & 1);
-  const typename V::u kept = v == v ? rounded : bits | 0x400000;
-  const typename V::h h = __builtin_convertvector(kept >> 16, typename V::h);
+  const typename V::u nearest = bits + 0x7fff + ((bits >> 16) & 1);
+  return v == v ? nearest : bits | 0x400000;
+}
+
+template <class V> INLINE void store(bf16* p, typename V::f v) {
+  const typename V::h h = __builtin_convertvector(rounded<V>(v) >> 16, typename V::h);
   std::memcpy(p, &h, sizeof h);
 }
 
@@ -131,6 +152,20 @@ template <int AHEAD = 0, class T> INLINE void copy(const T* from, int64_t size, 
   }
   for (; k + Narrow::lanes <= size; k += Narrow::lanes) store<Narrow>(to + k, load<Narrow>(from + k));
   for (; k < size; ++k) to[k] = to_float(from[k]);
+}
+
+template <int AHEAD = 0> INLINE void copy(const bf16* from, int64_t size, bf16* to) {
+  constexpr int LINE = 64 / sizeof(bf16);
+  int64_t k = 0;
+  for (; k + LINE <= size; k += LINE) {
+    if (AHEAD) __builtin_prefetch((const char*)(from + k) + AHEAD, 0, 2);
+    UNROLL for (int l = 0; l < LINE; l += 2 * Wide::lanes) {
+      Wide::u words;
+      std::memcpy(&words, from + k + l, sizeof words);
+      std::memcpy(to + k + l, &words, sizeof words);
+    }
+  }
+  std::memcpy(to + k, from + k, (size - k) * sizeof(bf16));
 }
 
 // Copies BYTES past the caches where that can be, for what is large and not read soon; `streamed()` ends a series.

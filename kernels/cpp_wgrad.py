@@ -11,7 +11,7 @@ being written; all other blocks are written zero.
 
 import torch
 
-from . import cpp_vectors, cpp_window
+from . import cpp_factors, cpp_vectors, cpp_window
 from .isa import Isa, panels
 
 
@@ -20,9 +20,11 @@ def source(isa: Isa, block: tuple[int, int], x_dtype: torch.dtype, weight_dtype:
     strips = panels(block[1], isa)
     calls = "\n".join(f"  strip<v{s.lanes}, {s.vectors}, {s.first}>(g, x, rows, sums);" for s in strips)
     group = min(strip.rows for strip in strips)
+    pack = "pack_in_pairs" if cpp_factors.in_pairs(isa, x_dtype) else "pack"
     what = f"{block[0]} x {block[1]} blocks (output x input columns), {x_dtype} x {weight_dtype}"
     return (
         cpp_vectors.prelude(f"Block-sparse weight gradient: {what}", isa)
+        + cpp_factors.source(isa, x_dtype)
         + cpp_window.GEOMETRY
         + f"""
 typedef {cpp_vectors.SCALARS[str(x_dtype)]} x_t;
@@ -30,7 +32,7 @@ typedef {cpp_vectors.SCALARS[str(weight_dtype)]} w_t;
 constexpr int OUT = {block[0]}, IN = {block[1]};
 constexpr int GROUPS = {-(-block[0] // group)};  // of the block's rows, whose sums stay in registers
 """
-        + _BODY.replace("$CALLS", calls)
+        + _BODY.replace("$CALLS", calls).replace("$PACK", pack)
     )
 
 
@@ -52,18 +54,41 @@ template <class F> INLINE void for_groups(F f) {
 // block: reads then follow as many streams as there are rows, and writes are one.
 template <int SIDE>
 void pack(const x_t* x, const int64_t* from, int64_t left, int64_t blocks, const char* used, int64_t first,
-          int64_t last, int64_t size, float* to) {
+          int64_t last, int64_t size, packed_t* to) {
   for (int64_t b = 0; b < blocks; ++b, x += SIDE, left -= SIDE, to += size * SIDE) {
     if (!used[b]) continue;
     for (int64_t p = first; p < last; ++p) {
-      float* const row = to + p * SIDE;
+      packed_t* const row = to + p * SIDE;
       if (from[p] < 0) {
-        std::memset(row, 0, SIDE * sizeof(float));
+        std::memset(row, 0, SIDE * sizeof(packed_t));
       } else if (left >= SIDE) {
         copy(x + from[p], SIDE, row);
       } else {
         copy(x + from[p], left, row);
-        std::memset(row + left, 0, (SIDE - left) * sizeof(float));
+        std::memset(row + left, 0, (SIDE - left) * sizeof(packed_t));
+      }
+    }
+  }
+}
+
+// As `pack`, to [block][two rows][column][of the two]; `first` is even, and what would pair with the last row is zero.
+template <int SIDE>
+void pack_in_pairs(const bf16* x, const int64_t* from, int64_t left, int64_t blocks, const char* used, int64_t first,
+                   int64_t last, int64_t size, bf16* to) {
+  const bf16 zeros[SIDE] = {};
+  for (int64_t b = 0; b < blocks; ++b, x += SIDE, left -= SIDE, to += size * SIDE) {
+    if (!used[b]) continue;
+    for (int64_t p = first; p < last; p += 2) {
+      const bf16 *one = x + from[p], *other = p + 1 < last ? x + from[p + 1] : zeros;
+      bf16 cut[2][SIDE] = {};
+      if (left < SIDE) {
+        std::memcpy(cut[0], one, left * sizeof(bf16));
+        std::memcpy(cut[1], other, left * sizeof(bf16));
+        one = cut[0], other = cut[1];
+      }
+      for (int c = 0; c < SIDE; c += Narrow::lanes) {
+        const Narrow::u pairs = in_pairs<Narrow>(one + c, other + c);
+        std::memcpy(to + p * SIDE + 2 * c, &pairs, sizeof pairs);
       }
     }
   }
@@ -73,33 +98,37 @@ void pack(const x_t* x, const int64_t* from, int64_t left, int64_t blocks, const
 
 // sums[ROWS rows of the block][a strip] += g^T x over `rows` rows, each with the pixel that it reads.
 template <class V, int VECTORS, int ROWS>
-__attribute__((noinline)) void kernel(const float* g, const float* x, const int64_t* at, int64_t rows, float* sums) {
+__attribute__((noinline)) void kernel(const packed_t* g, const packed_t* x, const int64_t* at, int64_t rows,
+                                      float* sums) {
   typename V::f acc[ROWS][VECTORS];
   UNROLL for (int i = 0; i < ROWS; ++i)
     UNROLL for (int v = 0; v < VECTORS; ++v) acc[i][v] = load<V>(sums + i * IN + v * V::lanes);
-  // Twice, not more: instructions whose offsets fit a byte are fetched as fast as they execute.
-  UNROLL_TWICE for (int64_t m = 0; m < rows; ++m, g += OUT) {
-    const float* pixel = x + at[m];
-    typename V::f b[VECTORS];
-    UNROLL for (int v = 0; v < VECTORS; ++v) b[v] = load<V>(pixel + v * V::lanes);
+  auto add = [&](const packed_t* g, const packed_t* pixel, const packed_t* next) __attribute__((always_inline)) {
+    factors<V> b[VECTORS];
+    load_columns<V>(pixel, next, b);
     UNROLL for (int i = 0; i < ROWS; ++i)
-      UNROLL for (int v = 0; v < VECTORS; ++v) acc[i][v] += g[i] * b[v];
-  }
+      UNROLL for (int v = 0; v < VECTORS; ++v) acc[i][v] = multiply_add<V>(acc[i][v], g + i * DEPTH, b[v]);
+  };
+  // Twice, not more: instructions whose offsets fit a byte are fetched as fast as they execute.
+  int64_t m = 0;
+  UNROLL_TWICE for (; m + DEPTH <= rows; m += DEPTH, g += DEPTH * OUT) add(g, x + at[m], x + at[m + DEPTH - 1]);
+  static const packed_t zeros[IN] = {};
+  if (m < rows) add(g, x + at[m], zeros);
   UNROLL for (int i = 0; i < ROWS; ++i)
     UNROLL for (int v = 0; v < VECTORS; ++v) store<V>(sums + i * IN + v * V::lanes, acc[i][v]);
 }
 
 // A strip of the block's columns, from column AT on.
 template <class V, int VECTORS, int AT>
-void strip(const float* g, const float* x, const Rows& rows, float* sums) {
+void strip(const packed_t* g, const packed_t* x, const Rows& rows, float* sums) {
   for_groups([&](auto group, int at) {
-    kernel<V, VECTORS, decltype(group)::value>(g + at, x + AT, rows.at, rows.count, sums + at * IN + AT);
+    kernel<V, VECTORS, decltype(group)::value>(g + at * DEPTH, x + AT, rows.at, rows.count, sums + at * IN + AT);
   });
 }
 
 // Adds the product of a panel of g and the pixels of a panel of x, from that of the first row's tap on, to the block's
 // sums.
-void product(const float* g, const float* x, const Rows& rows, float* sums) {
+void product(const packed_t* g, const packed_t* x, const Rows& rows, float* sums) {
 $CALLS
 }
 
@@ -163,7 +192,7 @@ void clear_row(const int32_t* list, int length, int64_t r, int64_t columns, cons
 // ---- the plan ------------------------------------------------------------------------------------------------------
 
 constexpr int64_t BLOCK_BYTES = 4 * OUT * IN;
-constexpr int64_t AT_ONCE = 32;  // rows that are packed together; fewer were slower
+constexpr int64_t AT_ONCE = 32;  // rows that are packed together, an even number; fewer were slower
 
 // The grid is cut into chunks, each group's alike, and the rows into slices, so that all threads have tasks enough; of
 // the cuts that give as many, into that which moves the fewest bytes: what is packed for each chunk, and the sums,
@@ -173,16 +202,18 @@ struct Plan {
   Tiles tiles;
   int64_t rows = 0, columns = 0;             // blocks of a chunk
   int64_t down = 0, across = 0, slices = 0;  // chunks of a group; slices of the rows
-  int64_t chunks = 0, tasks = 0, g_floats = 0, x_floats = 0;
+  int64_t chunks = 0, tasks = 0;
+  int64_t panel_rows, g_size = 0, x_size = 0;  // of the panels, in entries
 
   Plan(const Geometry& g, int64_t groups, int64_t n, int64_t k, int64_t entries, int64_t first_bytes,
        int64_t second_bytes, int threads)
       : height((n + OUT - 1) / OUT),
         width((k + IN - 1) / IN),
         entries(entries),
-        tiles(g, 128, 512, 8, [&](const Tiles& t) { return 4 * (t.rows * OUT + t.pixels * IN) <= first_bytes; }) {
+        tiles(g, 128, 512, 8, [&](const Tiles& t) { return bytes(t.rows * OUT + t.pixels * IN) <= first_bytes; }),
+        panel_rows((tiles.rows + DEPTH - 1) / DEPTH * DEPTH) {
     const int64_t wanted = threads > 1 ? 4 * threads : 1, all_sums = entries * g.taps * BLOCK_BYTES;
-    const int64_t group_height = height / groups, g_bytes = 4 * tiles.rows * OUT, x_bytes = 4 * tiles.pixels * IN;
+    const int64_t group_height = height / groups, g_bytes = bytes(panel_rows * OUT), x_bytes = bytes(tiles.pixels * IN);
     int64_t most = 0, least = 0;  // of tasks, up to those wanted; of bytes
     for (int64_t r = group_height, next_r; r > 0; r = next_r) {
       next_r = r > 1 ? (r + 1) / 2 : 0;
@@ -202,9 +233,11 @@ struct Plan {
     }
     chunks = groups * down * across;
     tasks = chunks * slices;
-    g_floats = (rows * OUT * tiles.rows + 15) / 16 * 16;  // whole cache lines
-    x_floats = columns * IN * tiles.pixels;
+    g_size = (rows * OUT * panel_rows + 31) / 32 * 32;  // whole cache lines
+    x_size = columns * IN * tiles.pixels;
   }
+
+  static int64_t bytes(int64_t packed) { return sizeof(packed_t) * packed; }
 };
 
 // What is the same for all tasks.
@@ -222,7 +255,7 @@ struct Call {
 
 // Multiplies the entries of a chunk for a slice of the rows; `panels` has room for a tile of both inputs, and for which
 // of their columns are used.
-void work(const Call& c, int64_t task, float* panels) {
+void work(const Call& c, int64_t task, packed_t* panels) {
   const Plan& p = c.p;
   const int64_t chunk = task / p.slices, slice = task % p.slices, taps = c.taps;
   const int64_t first_entry = c.begin[chunk], last_entry = c.begin[chunk + 1];
@@ -232,8 +265,8 @@ void work(const Call& c, int64_t task, float* panels) {
   const int64_t rows = std::min((group + 1) * group_rows - row, p.rows);
   const int64_t columns = std::min(p.width - column, p.columns);
   const x_t *const g = c.g + row * OUT, *const x = c.x + group * c.k + column * IN;
-  float *const packed_g = panels, *const packed_x = panels + p.g_floats;
-  char *const used_rows = (char*)(packed_x + p.x_floats), *const used_columns = used_rows + p.rows;
+  packed_t *const packed_g = panels, *const packed_x = panels + p.g_size;
+  char *const used_rows = (char*)(packed_x + p.x_size), *const used_columns = used_rows + p.rows;
   std::memset(used_rows, 0, p.rows + p.columns);
   for (int64_t i = first_entry; i < last_entry; ++i)
     used_rows[c.entries[i].row - row] = used_columns[c.entries[i].column - column] = 1;
@@ -241,8 +274,8 @@ void work(const Call& c, int64_t task, float* panels) {
   for (int64_t q = first; q < last; ++q) {
     const Tile& tile = c.tiles[q];
     for (int64_t m = 0; m < tile.phase->count; m += AT_ONCE)
-      pack<OUT>(g, tile.phase->to, c.n - row * OUT, rows, used_rows, m, std::min(m + AT_ONCE, tile.phase->count),
-                p.tiles.rows, packed_g);
+      $PACK<OUT>(g, tile.phase->to, c.n - row * OUT, rows, used_rows, m, std::min(m + AT_ONCE, tile.phase->count),
+                 p.panel_rows, packed_g);
     for (int64_t m = 0; m < tile.pixels; m += AT_ONCE)
       pack<IN>(x, tile.from, c.k - column * IN, columns, used_columns, m, std::min(m + AT_ONCE, tile.pixels),
                p.tiles.pixels, packed_x);
@@ -251,7 +284,7 @@ void work(const Call& c, int64_t task, float* panels) {
       for (int64_t t = 0; t < taps; ++t) {
         float* const sums = c.sums + ((slice * p.entries + i) * taps + t) * OUT * IN;
         if (q == first) std::memset(sums, 0, BLOCK_BYTES);
-        product(packed_g + (e.row - row) * p.tiles.rows * OUT,
+        product(packed_g + (e.row - row) * p.panel_rows * OUT,
                 packed_x + (e.column - column) * p.tiles.pixels * IN + tile.tap_at[t], *tile.phase, sums);
         float* const signals = c.parts + 2 * (i * taps + t);
         if (p.slices == 1 && q + 1 == last) finish(e, t, sums, c.weight, signals, signals + 1);
@@ -310,7 +343,7 @@ struct Memory {
         entries(take(p.entries * (int64_t)sizeof(Entry))),
         parts(take(p.entries * taps * 2 * (int64_t)sizeof(float))),
         sums(take(p.slices * p.entries * taps * BLOCK_BYTES)),
-        panel_bytes(rounded((p.g_floats + p.x_floats) * (int64_t)sizeof(float) + p.rows + p.columns)),
+        panel_bytes(rounded(p.bytes(p.g_size + p.x_size) + p.rows + p.columns)),
         panels(take(threads * panel_bytes)) {}
 
   static int64_t rounded(int64_t size) { return (size + 63) / 64 * 64; }
@@ -358,7 +391,7 @@ extern "C" void run(const Geometry* geometry, const x_t* g, const x_t* x, const 
       (new (tiles + q) Tile(p.tiles, scratch + memory.tables + q * Tile::bytes(p.tiles)))->set(p.tiles, q, IN);
 #pragma omp for schedule(dynamic, 1)
     for (int64_t i = 0; i < p.tasks; ++i)
-      work(c, i, (float*)(scratch + memory.panels + omp_get_thread_num() * memory.panel_bytes));
+      work(c, i, (packed_t*)(scratch + memory.panels + omp_get_thread_num() * memory.panel_bytes));
     if (p.slices > 1) {
 #pragma omp for schedule(dynamic, 1)
       for (int64_t i = 0; i < count; ++i) join(c, i);

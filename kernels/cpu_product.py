@@ -49,7 +49,7 @@ def rows(
     """
     outputs, inputs = weight.shape[:2]
     outputs, inputs = (outputs, inputs // groups) if shared else (outputs // groups, inputs)
-    library = _rows_library(block, x.dtype, weight.dtype, activation, isa.current())
+    library = _rows_library(block, x.dtype, weight.dtype, activation, isa.current(x.dtype))
     bias = None if bias is None else bias.float().contiguous()
     plan = _second_level_bytes() // 2, _first_level_ways(), torch.get_num_threads()
     scratch = _scratch(_scratch_bytes(library, geometry, groups, outputs, inputs, *plan))
@@ -80,7 +80,7 @@ def wgrad(
 
     `geometry` is as for `rows`.
     """
-    library = _wgrad_library(block, x.dtype, weight.dtype, isa.current())
+    library = _wgrad_library(block, x.dtype, weight.dtype, isa.current(x.dtype))
     n, k = grad_weight.shape[:2]
     entries = int(lists.crow_indices[-1]) + probes.numel()
     plan = groups, n, k, entries, _PANEL_BYTES, _second_level_bytes() * 3 // 4, torch.get_num_threads()
@@ -94,12 +94,12 @@ def wgrad(
 
 def build_rows(x_dtype: torch.dtype, weight_dtype: torch.dtype, block: Block, activation: str) -> None:
     """Builds what `rows` needs for these types and this block, so that no call of it has to."""
-    _rows_library(block, x_dtype, weight_dtype, activation, isa.current())
+    _rows_library(block, x_dtype, weight_dtype, activation, isa.current(x_dtype))
 
 
 def sources(x_dtype: torch.dtype, weight_dtype: torch.dtype, block: Block, activation: str) -> dict[str, Path]:
     """The generated C++ of the forward, dgrad and wgrad kernels for these types; built where they are not yet."""
-    target = isa.current()
+    target = isa.current(x_dtype)
     libraries = {
         "forward": _rows_library(block, x_dtype, weight_dtype, activation, target),
         "dgrad": _rows_library((block[1], block[0]), x_dtype, weight_dtype, "none", target),

@@ -14,32 +14,40 @@ import torch
 
 @dataclass(frozen=True, eq=False)  # a key of caches that are read at each call
 class Isa:
-    """`lanes` float32 values a vector, `registers` vectors, `flags` for the compiler."""
+    """`lanes` float32 values a vector, `registers` vectors, `flags` for the compiler.
+
+    `pairs`: bfloat16 is multiplied as it is, two products being added to a float32 sum by one instruction.
+    """
 
     name: str
     lanes: int
     registers: int
     flags: tuple[str, ...]
+    pairs: bool = False
 
 
 AVX512 = Isa("avx512", 16, 32, ("-mavx512f", "-mavx512dq", "-mavx512bw", "-mavx512vl", "-mavx2", "-mfma"))
+AVX512_BF16 = Isa("avx512_bf16", 16, 32, (*AVX512.flags, "-mavx512bf16"), pairs=True)
 AVX2 = Isa("avx2", 8, 16, ("-mavx2", "-mfma"))
 PORTABLE = Isa("portable", 4, 16, ())
-ALL = {isa.name: isa for isa in (AVX512, AVX2, PORTABLE)}
+ALL = {isa.name: isa for isa in (AVX512_BF16, AVX512, AVX2, PORTABLE)}
 
 
-def current() -> Isa:
-    """The best one of this CPU, as torch sees it, or the one that `CTRLCOMPILE_ISA` names.
+def current(dtype: torch.dtype = torch.float32) -> Isa:
+    """The best one of this CPU, as torch sees it, for inputs of this type, or the one that `CTRLCOMPILE_ISA` names.
 
-    Raises ValueError when the variable names none.
+    AVX512_BF16 is that for bfloat16 alone: others get AVX512 in its place, which older compilers know, too. Raises
+    ValueError when the variable names none.
     """
-    return _named(os.environ.get("CTRLCOMPILE_ISA"))
+    named = _named(os.environ.get("CTRLCOMPILE_ISA"))
+    return AVX512 if named is AVX512_BF16 and dtype != torch.bfloat16 else named
 
 
 @functools.cache
 def _named(name: str | None) -> Isa:
     if not name:
-        return {"AVX512": AVX512, "AVX2": AVX2}.get(torch.backends.cpu.get_cpu_capability(), PORTABLE)
+        widest = AVX512_BF16 if torch.cpu._is_avx512_bf16_supported() else AVX512
+        return {"AVX512": widest, "AVX2": AVX2}.get(torch.backends.cpu.get_cpu_capability(), PORTABLE)
     if name not in ALL:
         raise ValueError(f"CTRLCOMPILE_ISA={name!r} is no instruction set; allowed are {', '.join(ALL)}")
     return ALL[name]

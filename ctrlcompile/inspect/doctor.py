@@ -84,11 +84,11 @@ def _compiler() -> Check:
 def _instructions() -> Check:
     capability = torch.backends.cpu.get_cpu_capability()
     try:
-        target = isa.current()
+        names = dict.fromkeys(isa.current(dtype).name for dtype in (torch.float32, torch.bfloat16))
     except ValueError as error:
         return Check("instruction set", "broken", str(error), "Unset CTRLCOMPILE_ISA")
     chosen = " by CTRLCOMPILE_ISA" if os.environ.get("CTRLCOMPILE_ISA") else ""
-    return Check("instruction set", "works", f"kernels for {target.name}{chosen}; PyTorch runs {capability}")
+    return Check("instruction set", "works", f"kernels for {', '.join(names)}{chosen}; PyTorch runs {capability}")
 
 
 def _kernels(device: str) -> Check:

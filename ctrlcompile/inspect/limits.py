@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import torch
 
-from ctrlcompile.kernels import build, cpp_vectors, isa
+from ctrlcompile.kernels import build, cpp_factors, cpp_vectors, isa
 
 _COPIED_BYTES = 128 << 20  # more than a last-level cache holds
 _ROUNDS = 200_000
@@ -23,9 +23,11 @@ _MULTIPLY_ADDS = """
 extern "C" void multiply_adds(int64_t rounds, int threads) {
 #pragma omp parallel num_threads(threads)
   {
-    Wide::f sums[12] = {}, a = {}, b = {};
+    const packed_t row[DEPTH] = {};
+    const factors<Wide> columns = {};
+    Wide::f sums[12] = {};
     for (int64_t i = 0; i < rounds; ++i) {
-      UNROLL for (int j = 0; j < 12; ++j) sums[j] += a * b;
+      UNROLL for (int j = 0; j < 12; ++j) sums[j] = multiply_add<Wide>(sums[j], row, columns);
       UNROLL for (int j = 0; j < 12; ++j) asm volatile("" : "+x"(sums[j]));
     }
   }
@@ -43,16 +45,16 @@ class Load(NamedTuple):
 def peak(device: torch.device, dtype: torch.dtype) -> Load:
     """Arithmetic at full rate.
 
-    On a CPU, fused multiply-adds in float32 registers, which is what our kernels compute with whatever the type; on
-    another device, or where no kernel can be built, a large dense product in the type.
+    On a CPU, what our kernels multiply with: fused multiply-adds in float32, or of pairs in bfloat16 where the CPU has
+    these; on another device, or where no kernel can be built, a large dense product in the type.
     """
     if device.type == "cpu":
         try:
-            multiply_adds, lanes = _multiply_adds()
+            multiply_adds, terms = _multiply_adds(dtype)
         except build.KernelBuildError:
             return _product(1024, device, torch.float32)
         threads = torch.get_num_threads()
-        return Load(functools.partial(multiply_adds, _ROUNDS, threads), 2.0 * 12 * lanes * _ROUNDS * threads)
+        return Load(functools.partial(multiply_adds, _ROUNDS, threads), 2.0 * 12 * terms * _ROUNDS * threads)
     return _product(8192, device, dtype)
 
 
@@ -69,14 +71,15 @@ def _product(side: int, device: torch.device, dtype: torch.dtype) -> Load:
 
 
 @functools.cache
-def _multiply_adds() -> tuple[Callable[[int, int], None], int]:
-    target = isa.current()
+def _multiply_adds(dtype: torch.dtype) -> tuple[Callable[[int, int], None], int]:
+    """Runs so many rounds on so many threads, and how many products each adds up in one instruction."""
+    target = isa.current(dtype)
     source = (
         cpp_vectors.prelude("The most multiply-adds that a CPU does", target)
-        + f"typedef v{target.lanes} Wide;\n"
+        + cpp_factors.source(target, dtype)
         + _MULTIPLY_ADDS
     )
     library = build.load("multiply_adds", source, target.flags)
     library.multiply_adds.argtypes = [ctypes.c_int64, ctypes.c_int]
     library.multiply_adds.restype = None
-    return library.multiply_adds, target.lanes
+    return library.multiply_adds, target.lanes * (2 if cpp_factors.in_pairs(target, dtype) else 1)

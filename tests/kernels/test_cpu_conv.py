@@ -111,8 +111,9 @@ def test_every_role_is_as_accurate_as_dense(name, dtypes):
 
 @pytest.mark.parametrize("target", TARGETS)
 def test_every_instruction_set_computes_the_same(target, monkeypatch):
-    monkeypatch.setattr(isa, "current", lambda: TARGETS[target])
-    problem_of("3x3").check("gelu")
+    monkeypatch.setattr(isa, "current", lambda dtype: TARGETS[target])
+    for dtypes in (FLOAT, HALF):
+        problem_of("3x3", dtypes=dtypes).check("gelu")
 
 
 @pytest.mark.parametrize("threads", [1, 2, 5])

@@ -19,9 +19,10 @@ PROPERTY = settings(
 
 # The wide kernels run here on a CPU without wide registers: the same text, compiled for the registers there are.
 TARGETS = {
-    "native": isa.current(),
+    "native": isa.current(torch.bfloat16),
     "portable": isa.PORTABLE,
     "avx512 shapes": dataclasses.replace(isa.AVX512, flags=isa.current().flags),
+    "pairs": dataclasses.replace(isa.AVX512_BF16, flags=isa.current().flags),
 }
 
 
@@ -71,9 +72,11 @@ def test_every_activation_is_as_accurate_as_dense(activation):
 
 
 @pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize(("block", "dtypes"), [((32, 32), FLOAT), ((24, 96), FLOAT), ((64, 40), HALF)])
+@pytest.mark.parametrize(
+    ("block", "dtypes"), [((32, 32), FLOAT), ((24, 96), FLOAT), ((64, 40), HALF), ((24, 96), AUTOCAST)]
+)
 def test_every_instruction_set_computes_the_same(target, block, dtypes, monkeypatch):
-    monkeypatch.setattr(isa, "current", lambda: TARGETS[target])
+    monkeypatch.setattr(isa, "current", lambda dtype: TARGETS[target])
     problem = Problem.random(61, 210, 150, block, 0.5, dtypes)
     problem.check_forward("gelu")
     problem.check_dgrad()

@@ -9,6 +9,7 @@ import torch
 from ctrlcompile.kernels import build, cpp_rows, cpp_wgrad, isa
 
 BLOCKS = [(32, 32), (64, 64), (96, 48)]
+MULTIPLY_ADDS = ("vfmadd", "vdpbf16ps")
 
 
 def assembly(source: str, target: isa.Isa) -> str:
@@ -26,16 +27,16 @@ def inner_loops(text: str) -> list[list[str]]:
     for function in re.findall(r"^\w*6kernelI[\w.]+:$(.*?)\.cfi_endproc", text, re.MULTILINE | re.DOTALL):
         pieces = re.split(r"^\.L\w+:$", function, flags=re.MULTILINE)
         bodies = [re.split(r"^\tj\w+\t.*$", piece, maxsplit=1, flags=re.MULTILINE)[0] for piece in pieces]
-        body = max(bodies, key=lambda body: body.count("vfmadd"))
+        body = max(bodies, key=lambda body: sum(map(body.count, MULTIPLY_ADDS)))
         loops.append([line.strip() for line in body.splitlines() if line.startswith("\t") and line[1] != "."])
     return loops
 
 
-@pytest.mark.parametrize("target", [isa.AVX512, isa.AVX2], ids=lambda target: target.name)
+@pytest.mark.parametrize("target", [isa.AVX512_BF16, isa.AVX512, isa.AVX2], ids=lambda target: target.name)
 @pytest.mark.parametrize("block", BLOCKS)
 @pytest.mark.parametrize("role", ["forward", "wgrad"])
 def test_the_inner_loop_is_multiply_adds_loads_and_nothing_on_the_stack(target, block, role):
-    types = (torch.float32, torch.float32)
+    types = (torch.bfloat16, torch.bfloat16) if target.pairs else (torch.float32, torch.float32)
     if role == "forward":
         text = assembly(cpp_rows.source(target, *block, *types, "none"), target)
     else:
@@ -46,7 +47,7 @@ def test_the_inner_loop_is_multiply_adds_loads_and_nothing_on_the_stack(target, 
     assert loops
     whole = 0
     for loop in loops:
-        adds = [line for line in loop if line.startswith("vfmadd")]
+        adds = [line for line in loop if line.startswith(MULTIPLY_ADDS[0 if not target.pairs else 1])]
         assert all(register in line for line in adds)
         assert not [line for line in loop if "rsp" in line or "rbp" in line]
         # A strip's sums, once for each step that the compiler unrolls, and little beside them.
@@ -68,7 +69,8 @@ def test_strips_cover_a_block_within_the_registers(target, width):
 def test_the_instruction_set_is_the_one_that_is_asked_for(monkeypatch):
     for name, target in isa.ALL.items():
         monkeypatch.setenv("CTRLCOMPILE_ISA", name)
-        assert isa.current() is target
+        assert isa.current(torch.bfloat16) is target
+        assert isa.current() is (isa.AVX512 if target.pairs else target)
     monkeypatch.setenv("CTRLCOMPILE_ISA", "sse9")
-    with pytest.raises(ValueError, match=r"sse9.*avx512, avx2, portable"):
+    with pytest.raises(ValueError, match=r"sse9.*avx512_bf16, avx512, avx2, portable"):
         isa.current()
