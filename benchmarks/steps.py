@@ -109,10 +109,10 @@ class Contestant:
 
     def __init__(
         self, work: Work, device: torch.device, backend: str, density: float = 1, budget: float | None = None,
-        steps: int = 0, layout: torch.memory_format = torch.contiguous_format,
+        steps: int = 0, layout: torch.memory_format = torch.contiguous_format, autocast: bool = False,
     ) -> None:  # fmt: skip
         torch.manual_seed(0)
-        self.device, self.layout = device, layout
+        self.device, self.layout, self.autocast = device, layout, autocast
         self.model, self.optimizer = work.make()
         self.model.to(memory_format=layout)  # type: ignore[call-overload]  # missing in its stubs
         self.controller: cc.Controller | None = None
@@ -131,7 +131,7 @@ class Contestant:
     def step(self, inputs: torch.Tensor, targets: torch.Tensor) -> None:
         inputs = inputs.contiguous(memory_format=self.layout)
         start = self._now()
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
             loss = self.compiled(inputs, targets)
         loss.backward()
         self.optimizer.step()
@@ -171,17 +171,18 @@ def main() -> None:
     kept = keep_freed_memory()
     device = torch.device(args.device)
     work = WORKS[args.model](args)
+    contestant_of = functools.partial(Contestant, work, device, autocast=args.autocast)
     entrants: dict[str, Callable[[], Contestant]] = {}
     for backend, layout in itertools.product(("inductor", "eager"), work.layouts):
         name = backend if layout is torch.contiguous_format else f"{backend}, channels-last"
-        entrants[name] = functools.partial(Contestant, work, device, backend, layout=layout)
+        entrants[name] = functools.partial(contestant_of, backend, layout=layout)
     dense = list(entrants)
     for density in args.densities:
-        entrants[f"density {density:g}"] = functools.partial(Contestant, work, device, "ctrlprune", density)
+        entrants[f"density {density:g}"] = functools.partial(contestant_of, "ctrlprune", density)
     if not args.no_controller:
         timed = args.steps + 2 * SHARE_STEPS  # towards a run's end it would decide more often
         ramp = max(WARM_UP, math.ceil(RAMP / (1 - RAMP) * timed))
-        entrants["controller"] = lambda: Contestant(work, device, "ctrlprune", budget=0.4, steps=ramp + timed)
+        entrants["controller"] = lambda: contestant_of("ctrlprune", budget=0.4, steps=ramp + timed)
 
     contestants: dict[str, Contestant] = {}
     console, started = Console(stderr=True), time.monotonic()
@@ -210,14 +211,15 @@ def main() -> None:
         _row(name, contestant, 1.0 if name in dense else contestant.density, best)
         for name, contestant in contestants.items()
     ]
-    _print(rows, f"{work.title}, {'bfloat16 autocast' if args.device == 'cuda' else 'float32'}")
+    title = f"{work.title}, {'bfloat16 autocast' if args.autocast else 'float32'}"
+    _print(rows, title)
     left_out = [name for name in entrants if name not in contestants]
     if left_out:
         print(f"left out after {args.seconds:g} seconds: {', '.join(left_out)}")
     if args.json:
         sizes = {name: getattr(args, name) for name in SIZES["cpu"]} if args.model == "gpt" else {"batch": args.batch}
         machine = describe(device) | {"freed_memory_kept": kept}
-        result = {"machine": machine, "work": work.title, "sizes": sizes}
+        result = {"machine": machine, "work": title, "sizes": sizes}
         args.json.write_text(json.dumps(result | {"left_out": left_out, "rows": rows}, indent=1) + "\n")
 
 
@@ -227,6 +229,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--device", choices=SIZES, default="cpu")
     for name, size in SIZES["cpu"].items():
         parser.add_argument(f"--{name}", type=int, help=f"default: {size} on a CPU, {SIZES['cuda'][name]} on a GPU")
+    parser.add_argument("--autocast", action="store_true", help="in bfloat16, as always on a GPU")
     parser.add_argument("--steps", type=int, default=9, help="timed steps of each contestant")
     parser.add_argument("--densities", type=float, nargs="*", default=[1.0, 0.4, 0.25])
     parser.add_argument("--no-controller", action="store_true")
@@ -237,6 +240,7 @@ def _arguments() -> argparse.Namespace:
     args = parser.parse_args()
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: this PyTorch sees no GPU")
+    args.autocast |= args.device == "cuda"
     if args.model in train_cifar.MODELS and args.batch is None:
         args.batch = RESNET_BATCH[args.device]
     for name, size in SIZES[args.device].items():

@@ -11,6 +11,7 @@ cpu_product       runs the generated C++ for both
 cpp_rows          generates it: forward and input gradient
 cpp_rows_packing  generates what it packs: listed blocks of the weight, inputs of a tile of rows
 cpp_wgrad         generates it: weight gradient
+cpp_wgrad_packing generates what it packs: both inputs, by blocks
 cpp_window        what both share: where the rows of a product find their inputs
 cpp_vectors       what both begin with: vector types, bfloat16, activations
 cpp_factors       what they multiply: float32, or pairs of bfloat16

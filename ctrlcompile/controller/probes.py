@@ -18,7 +18,7 @@ from .contract import Gate
 from .layout import Layout
 
 RATE = 0.01  # of the inactive blocks, per step
-SPEND = 0.008  # of the step's FLOPs
+SPEND = 0.004  # of the step's FLOPs
 WGRAD = 1 / 2  # share of a block's FLOPs that wgrad has at most: 1/3, or 1/2 in a layer that needs no dgrad
 
 
