@@ -363,7 +363,7 @@ def main() -> None:
             left_out = [{"sizes": shape, "block": block} for shape, block in cases[number + 1 :]]
             at_most = fastest(rates)
             result = {
-                "machine": describe(device), "peak_flops": at_most.peak, "copy_bytes": at_most.bandwidth,
+                "machine": describe(device, dtype), "peak_flops": at_most.peak, "copy_bytes": at_most.bandwidth,
                 "left_out": left_out, "rows": [ratios(row, at_most) for row in rows],
             }  # fmt: skip
             args.json.write_text(json.dumps(result, indent=1) + "\n")

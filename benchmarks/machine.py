@@ -16,15 +16,17 @@ M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 MOST_BYTES = 2**31 - 1
 
 
-def describe(device: torch.device) -> dict[str, object]:
-    """The machine, the versions and the command of this run; of a GPU its name, driver and Triton as well."""
+def describe(device: torch.device, dtype: torch.dtype = torch.float32) -> dict[str, object]:
+    """The machine, the versions and the command of this run; of a GPU its name, driver and Triton as well.
+
+    `dtype`: of the products, on which depends what instructions a CPU has for them.
+    """
     found: dict[str, object] = {
         "cpu": _cpu(), "cores": os.cpu_count(), "threads": torch.get_num_threads(), "torch": torch.__version__,
         "python": platform.python_version(), "command": command(),
     }  # fmt: skip
     if device.type != "cuda":
-        isa_name = isa.current(torch.bfloat16).name  # for float32 the same, or less
-        return found | {"isa": isa_name, "compiler": _first_line(*build.compiler(), "--version")}
+        return found | {"isa": isa.current(dtype).name, "compiler": _first_line(*build.compiler(), "--version")}
     import triton
 
     properties = torch.cuda.get_device_properties(device)

@@ -3,6 +3,7 @@
     python benchmarks/steps.py                          # GPT, 6 layers, 768 wide, 8 sequences of 256, AdamW
     python benchmarks/steps.py --width 384 --json FILE
     python benchmarks/steps.py --model resnet18         # 32 images of CIFAR's size, SGD; or another ResNet by name
+    python benchmarks/steps.py --autocast               # in bfloat16
     python benchmarks/steps.py --device cuda            # GPT-2's size, 16 sequences of 1024, bfloat16 autocast
 
 A step is forward, backward, the optimizer, and the gradients set to None; on a GPU it ends when the device has ended.
@@ -218,7 +219,7 @@ def main() -> None:
         print(f"left out after {args.seconds:g} seconds: {', '.join(left_out)}")
     if args.json:
         sizes = {name: getattr(args, name) for name in SIZES["cpu"]} if args.model == "gpt" else {"batch": args.batch}
-        machine = describe(device) | {"freed_memory_kept": kept}
+        machine = describe(device, torch.bfloat16 if args.autocast else torch.float32) | {"freed_memory_kept": kept}
         result = {"machine": machine, "work": title, "sizes": sizes}
         args.json.write_text(json.dumps(result | {"left_out": left_out, "rows": rows}, indent=1) + "\n")
 

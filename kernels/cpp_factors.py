@@ -10,16 +10,18 @@ import torch
 from .isa import Isa
 
 
-def in_pairs(isa: Isa, dtype: torch.dtype) -> bool:
+def takes_pairs(isa: Isa, dtype: torch.dtype) -> bool:
     """Whether products of inputs of this type are made in pairs."""
     return isa.pairs and dtype == torch.bfloat16
 
 
 def source(isa: Isa, dtype: torch.dtype) -> str:
     """`packed_t`, DEPTH, `factors`, `load_factors`, `multiply_add` and `load_columns` for inputs of this type."""
-    if not in_pairs(isa, dtype):
+    if not takes_pairs(isa, dtype):
         return _FLOATS
-    return _PAIRS.replace("$INTERLEAVE", "\n".join(_interleave(lanes) for lanes in sorted({isa.lanes, 8})))
+    return _PAIRS.replace(
+        "$INTERLEAVE", "\n".join(_interleave(lanes) for lanes in sorted({isa.lanes, min(isa.lanes, 8)}))
+    )
 
 
 def _interleave(lanes: int) -> str:

@@ -21,7 +21,7 @@ def source(isa: Isa, block: tuple[int, int], x_dtype: torch.dtype, weight_dtype:
     strips = panels(block[1], isa)
     calls = "\n".join(f"  strip<v{s.lanes}, {s.vectors}, {s.first}>(g, x, rows, sums);" for s in strips)
     group = min(strip.rows for strip in strips)
-    pack = "pack_in_pairs" if cpp_factors.in_pairs(isa, x_dtype) else "pack"
+    pack = "pack_in_pairs" if cpp_factors.takes_pairs(isa, x_dtype) else "pack"
     what = f"{block[0]} x {block[1]} blocks (output x input columns), {x_dtype} x {weight_dtype}"
     return (
         cpp_vectors.prelude(f"Block-sparse weight gradient: {what}", isa)

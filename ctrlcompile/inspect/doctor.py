@@ -24,7 +24,7 @@ from ctrlcompile.kernels.window import Window, channels_last
 
 OLDEST_TORCH = "2.11"
 _TIMEOUT_S = 600
-_WORSE_THAN_DENSE = 10  # times the error of a dense float32 product that a kernel's may be
+_WORSE_THAN_DENSE = 10  # times the error of a dense product in the type that a kernel's may be
 
 
 @dataclass(frozen=True)
@@ -123,20 +123,23 @@ def probe(device_type: str) -> None:
     device, block = torch.device(device_type), (16, 32)
     if device_type == "cuda":  # a process of its own: computes as the reference does
         torch.backends.cudnn.conv.fp32_precision = "ieee"  # type: ignore[attr-defined]
-    for family in (kernel_choice.LINEAR, kernel_choice.CONV):
-        types = device, torch.float32, torch.float32, block, "relu"
-        reason = kernel_choice.why_no_kernel(*types, family=family, strict=True)
-        if reason is not None:
-            print(json.dumps({"reason": reason}))
-            return
-    layers = {"linears": _try_linear(device, block), "convolutions": _try_conv(device, block)}
+    layers = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        for family in (kernel_choice.LINEAR, kernel_choice.CONV):
+            reason = kernel_choice.why_no_kernel(device, dtype, dtype, block, "relu", family=family, strict=True)
+            if reason is not None:
+                print(json.dumps({"reason": reason}))
+                return
+        name = str(dtype).removeprefix("torch.")
+        layers |= {f"linears in {name}": _try_linear(device, dtype, block)}
+        layers |= {f"convolutions in {name}": _try_conv(device, dtype, block)}
     print(json.dumps({"reason": None, "layers": layers}))
 
 
-def _try_linear(device: torch.device, block: Block) -> dict[str, float]:
+def _try_linear(device: torch.device, dtype: torch.dtype, block: Block) -> dict[str, float]:
     """Forward, dgrad and wgrad of a linear under a random mask: largest error, and that of dense products."""
     m, k, n = 70, 150, 90
-    x, grad, weight, bias = _random(device, (m, k), (m, n), (n, k), (n,))
+    x, grad, weight, bias = _random(device, dtype, (m, k), (m, n), (n, k), (n,))
     mask, lists, probes, signals = _gated(weight, block)
 
     def dense(x: Tensor, grad: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, ...]:
@@ -154,11 +157,11 @@ def _try_linear(device: torch.device, block: Block) -> dict[str, float]:
     return _errors(ours, dense, x, grad, weight, bias)
 
 
-def _try_conv(device: torch.device, block: Block) -> dict[str, float]:
+def _try_conv(device: torch.device, dtype: torch.dtype, block: Block) -> dict[str, float]:
     """The same of a convolution of 3x3 taps."""
     images, k, n, side, window = 2, 70, 50, 9, Window((2, 1), ((1, 1), (1, 0)), (1, 1))
     size = window.output_size((side, side), (3, 3))
-    x, grad, weight, bias = _random(device, (images, k, side, side), (images, n, *size), (n, k, 3, 3), (n,))
+    x, grad, weight, bias = _random(device, dtype, (images, k, side, side), (images, n, *size), (n, k, 3, 3), (n,))
     x, grad = channels_last(x), channels_last(grad)
     mask, lists, probes, signals = _gated(weight, block)
 
@@ -178,8 +181,8 @@ def _try_conv(device: torch.device, block: Block) -> dict[str, float]:
     return _errors(ours, dense, x, grad, weight, bias)
 
 
-def _random(device: torch.device, *sizes: tuple[int, ...]) -> list[Tensor]:
-    return [torch.randn(*size, device=device) for size in sizes]
+def _random(device: torch.device, dtype: torch.dtype, *sizes: tuple[int, ...]) -> list[Tensor]:
+    return [torch.randn(*size, device=device).to(dtype) for size in sizes]
 
 
 def _gated(weight: Tensor, block: Block) -> tuple[Tensor, list[Tensor], Tensor, Tensor]:

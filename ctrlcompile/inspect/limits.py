@@ -23,9 +23,10 @@ _MULTIPLY_ADDS = """
 extern "C" void multiply_adds(int64_t rounds, int threads) {
 #pragma omp parallel num_threads(threads)
   {
-    const packed_t row[DEPTH] = {};
-    const factors<Wide> columns = {};
+    packed_t row[DEPTH] = {};
+    factors<Wide> columns = {};
     Wide::f sums[12] = {};
+    asm volatile("" : "+x"(columns), "+m"(row));  // could be anything
     for (int64_t i = 0; i < rounds; ++i) {
       UNROLL for (int j = 0; j < 12; ++j) sums[j] = multiply_add<Wide>(sums[j], row, columns);
       UNROLL for (int j = 0; j < 12; ++j) asm volatile("" : "+x"(sums[j]));
@@ -52,7 +53,7 @@ def peak(device: torch.device, dtype: torch.dtype) -> Load:
         try:
             multiply_adds, terms = _multiply_adds(dtype)
         except build.KernelBuildError:
-            return _product(1024, device, torch.float32)
+            return _product(1024, device, dtype)
         threads = torch.get_num_threads()
         return Load(functools.partial(multiply_adds, _ROUNDS, threads), 2.0 * 12 * terms * _ROUNDS * threads)
     return _product(8192, device, dtype)
@@ -82,4 +83,4 @@ def _multiply_adds(dtype: torch.dtype) -> tuple[Callable[[int, int], None], int]
     library = build.load("multiply_adds", source, target.flags)
     library.multiply_adds.argtypes = [ctypes.c_int64, ctypes.c_int]
     library.multiply_adds.restype = None
-    return library.multiply_adds, target.lanes * (2 if cpp_factors.in_pairs(target, dtype) else 1)
+    return library.multiply_adds, target.lanes * (2 if cpp_factors.takes_pairs(target, dtype) else 1)

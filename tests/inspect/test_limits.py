@@ -1,5 +1,6 @@
 """limits: what one call does is what it says, with a compiler and without."""
 
+import pytest
 import torch
 
 from ctrlcompile.inspect import limits
@@ -17,12 +18,14 @@ def test_a_copy_moves_the_bytes_that_it_counts(one_thread):
     assert target.untyped_storage().nbytes() >= 100e6, "no cache holds it"
 
 
-def test_without_a_compiler_the_peak_is_a_dense_product(one_thread, monkeypatch, tmp_path):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_without_a_compiler_the_peak_is_a_dense_product(one_thread, monkeypatch, tmp_path, dtype):
     monkeypatch.setenv("CXX", "no-such-compiler")
     monkeypatch.setenv("CTRLCOMPILE_CACHE_DIR", str(tmp_path))
     limits._multiply_adds.cache_clear()
-    load = limits.peak(CPU, torch.float32)
+    load = limits.peak(CPU, dtype)
     a, b = load.run.args
     load.run()
     torch.testing.assert_close(load.run.keywords["out"], a @ b)
+    assert a.dtype == dtype
     assert load.amount == 2 * a.shape[0] * a.shape[1] * b.shape[1]

@@ -111,9 +111,10 @@ def test_every_role_is_as_accurate_as_dense(name, dtypes):
 
 @pytest.mark.parametrize("target", TARGETS)
 def test_every_instruction_set_computes_the_same(target, monkeypatch):
-    monkeypatch.setattr(isa, "current", lambda dtype: TARGETS[target])
-    for dtypes in (FLOAT, HALF):
-        problem_of("3x3", dtypes=dtypes).check("gelu")
+    monkeypatch.setattr(isa, "current", lambda dtype=torch.float32: TARGETS[target])
+    for name in ("3x3", "stride 2", "volumes", "groups that end in a partial block"):
+        for dtypes in (FLOAT, HALF, AUTOCAST) if name == "3x3" else (HALF,):
+            problem_of(name, dtypes=dtypes).check("gelu")
 
 
 @pytest.mark.parametrize("threads", [1, 2, 5])
@@ -166,8 +167,9 @@ def test_images_may_lie_apart():
 
 
 @pytest.mark.parametrize("value", [float("inf"), float("nan")])
-def test_a_masked_block_meets_neither_its_weight_nor_its_input(value):
-    problem = problem_of("3x3", density=1.0)
+@pytest.mark.parametrize("dtypes", [FLOAT, HALF])
+def test_a_masked_block_meets_neither_its_weight_nor_its_input(value, dtypes):
+    problem = problem_of("3x3", density=1.0, dtypes=dtypes)
     problem.mask[:, 1], problem.mask[2] = False, False
     problem.weight[:, 16:32], problem.weight[64:] = value, value
     problem.x[:, 16:32], problem.grad_z[:, 64:] = value, value

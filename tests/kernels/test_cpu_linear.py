@@ -76,7 +76,7 @@ def test_every_activation_is_as_accurate_as_dense(activation):
     ("block", "dtypes"), [((32, 32), FLOAT), ((24, 96), FLOAT), ((64, 40), HALF), ((24, 96), AUTOCAST)]
 )
 def test_every_instruction_set_computes_the_same(target, block, dtypes, monkeypatch):
-    monkeypatch.setattr(isa, "current", lambda dtype: TARGETS[target])
+    monkeypatch.setattr(isa, "current", lambda dtype=torch.float32: TARGETS[target])
     problem = Problem.random(61, 210, 150, block, 0.5, dtypes)
     problem.check_forward("gelu")
     problem.check_dgrad()
@@ -108,8 +108,9 @@ def test_small_tiles_and_chunks_of_any_size_add_up(cached, monkeypatch):
 @pytest.mark.parametrize("ways", [1, 16])
 def test_rows_in_the_same_sets_of_the_cache_are_packed_or_not(ways, monkeypatch):
     monkeypatch.setattr(cpu_product, "_first_level_ways", lambda: ways)
-    Problem.random(45, 1024, 96, (32, 32), 0.4, FLOAT).check_forward("gelu")
-    Problem.random(45, 96, 1024, (32, 32), 0.4, FLOAT).check_dgrad()
+    for dtypes, page in ((FLOAT, 1024), (HALF, 2048)):  # entries of 4096 bytes
+        Problem.random(45, page, 96, (32, 32), 0.4, dtypes).check_forward("gelu")
+        Problem.random(45, 96, page, (32, 32), 0.4, dtypes).check_dgrad()
 
 
 @pytest.mark.parametrize("mask", ["empty row", "empty column", "all masked"])
@@ -145,9 +146,10 @@ def test_gradients_of_many_rows_add_up_to_the_same_at_each_run(monkeypatch):
     assert ((found[0] - exact).abs() / exact).max() < 1.5 * torch.finfo(torch.float32).eps
 
 
-def test_rows_may_lie_apart():
-    problem = Problem.random(50, 64, 64, (32, 32), 0.5, FLOAT)
-    wide_x, wide_grad = torch.randn(50, 100), torch.randn(50, 99)
+@pytest.mark.parametrize("dtypes", [FLOAT, HALF, AUTOCAST])
+def test_rows_may_lie_apart(dtypes):
+    problem = Problem.random(51, 64, 64, (32, 32), 0.5, dtypes)
+    wide_x, wide_grad = torch.randn(51, 101).to(dtypes[0]), torch.randn(51, 99).to(dtypes[0])
     problem.x, problem.grad_z = wide_x[:, 7:71], wide_grad[:, 1:65]
     problem.check_forward("none")
     problem.check_dgrad()
@@ -163,8 +165,9 @@ def test_a_weight_may_be_a_transposed_view():
 
 
 @pytest.mark.parametrize("value", [float("inf"), float("nan")])
-def test_a_masked_block_meets_neither_its_weight_nor_its_input(value):
-    problem = Problem.random(40, 96, 96, (32, 32), 1.0, FLOAT)
+@pytest.mark.parametrize("dtypes", [FLOAT, HALF])
+def test_a_masked_block_meets_neither_its_weight_nor_its_input(value, dtypes):
+    problem = Problem.random(41, 96, 96, (32, 32), 1.0, dtypes)
     problem.mask[:, 1] = False
     problem.mask[2, :] = False
     problem.weight[:, 32:64] = value
@@ -180,7 +183,7 @@ def test_a_masked_block_meets_neither_its_weight_nor_its_input(value):
     )
     for result in (y, grad_x, grad_weight, signals):
         assert result.isfinite().all()
-    assert torch.equal(y[:, 64:], problem.bias[64:].expand(40, 32))
+    assert torch.equal(y[:, 64:], problem.bias[64:].expand(41, 32))
 
 
 @pytest.mark.parametrize("value", [float("inf"), -float("inf"), float("nan")])

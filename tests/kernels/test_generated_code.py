@@ -15,7 +15,7 @@ MULTIPLY_ADDS = ("vfmadd", "vdpbf16ps")
 def assembly(source: str, target: isa.Isa) -> str:
     command = [*build.compiler(), "-std=c++17", "-O3", "-fopenmp", *target.flags, "-S", "-x", "c++", "-", "-o", "-"]
     result = subprocess.run(command, input=source, capture_output=True, text=True)
-    if result.returncode and "unrecognized" in result.stderr:
+    if result.returncode and ("unrecognized" in result.stderr or "unknown argument" in result.stderr):
         pytest.skip(f"this compiler does not know {target.name}")
     assert not result.returncode, result.stderr
     return result.stdout
@@ -64,6 +64,26 @@ def test_strips_cover_a_block_within_the_registers(target, width):
     assert sum(strip.width for strip in strips) == width
     for strip in strips:
         assert strip.rows * strip.vectors + strip.vectors + 1 <= target.registers
+
+
+@pytest.mark.parametrize(
+    ("capability", "multiplies_pairs", "of_float", "of_half"),
+    [
+        ("AVX512", True, isa.AVX512, isa.AVX512_BF16),
+        ("AVX512", False, isa.AVX512, isa.AVX512),
+        ("AVX2", True, isa.AVX2, isa.AVX2),  # PyTorch was told to use no more
+        ("DEFAULT", False, isa.PORTABLE, isa.PORTABLE),
+    ],
+)
+def test_the_instruction_set_is_the_best_that_there_is(capability, multiplies_pairs, of_float, of_half, monkeypatch):
+    monkeypatch.delenv("CTRLCOMPILE_ISA", raising=False)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: multiplies_pairs)
+    isa._named.cache_clear()
+    try:
+        assert (isa.current(), isa.current(torch.bfloat16)) == (of_float, of_half)
+    finally:
+        isa._named.cache_clear()
 
 
 def test_the_instruction_set_is_the_one_that_is_asked_for(monkeypatch):
