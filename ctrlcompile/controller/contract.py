@@ -65,8 +65,10 @@ class Gate(Protocol):
     @property
     def block_area(self) -> Tensor: ...  # float32 [R, C], weight entries in each block; on the CPU
     def norms(self) -> Tensor: ...  # float32 [R, C], the norm of each block of the weight; on the weight's device
+
+    probed_area: float  # weight entries in the blocks that are probed, as in block_area
+
     def update_(self, mask: Tensor) -> None: ...
-    def probe_(self, block_ids: Tensor) -> None: ...
 
 
 class Log(Protocol):

@@ -100,8 +100,10 @@ class Prober:
         self.current = Probes.none(layout)
         self.coming: list[Probes] = []
         self._gates, self._layout = gates, layout
-        self._starts = torch.tensor(layout.offsets[:-1])
         self._capacity = [gate.probes.numel() for gate in gates]
+        self._starts = torch.tensor(layout.offsets[:-1])
+        self._rooms = torch.tensor([0, *self._capacity[:-1]]).cumsum(0)
+        self._area = torch.cat([gate.block_area.flatten() for gate in gates])
 
     def plan(self, known: Tensor, ledger: Ledger, *, steps: int, wanted: float, unspent: float) -> None:
         """Plans `steps` steps.
@@ -128,10 +130,16 @@ class Prober:
         self.hand_out()
 
     def hand_out(self, every: bool = False) -> None:
-        """Hands each gate the blocks to probe in the coming step; `every` gate, or those for which that changes."""
+        """Hands all gates the blocks to probe in the coming step: where there are or were any, or `every` time."""
         before, self.current = self.current, self.coming.pop(0) if self.coming else Probes.none(self._layout)
-        gate_of = self._layout.gate_of[self.current.ids]
-        local = (self.current.ids - self._starts[gate_of]).split(self.current.counts)
-        for gate, ids, old in zip(self._gates, local, before.counts, strict=True):
-            if ids.numel() or old or every:
-                gate.probe_(ids)
+        ids, counts = self.current.ids, torch.tensor(self.current.counts)
+        if not (ids.numel() or before.ids.numel() or every):
+            return
+        gate_of = self._layout.gate_of[ids]
+        place = self._rooms[gate_of] + torch.arange(ids.numel()) - (counts.cumsum(0) - counts)[gate_of]
+        probes = torch.full((sum(self._capacity),), -1, dtype=torch.int32)  # of all gates, one after the other
+        probes[place] = (ids - self._starts[gate_of]).int()
+        torch._foreach_copy_([gate.probes for gate in self._gates], probes.split(self._capacity), non_blocking=True)
+        areas = torch.bincount(gate_of, self._area[ids], minlength=counts.numel()).tolist()
+        for gate, area in zip(self._gates, areas, strict=True):
+            gate.probed_area = area

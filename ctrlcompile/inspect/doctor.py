@@ -123,7 +123,7 @@ def probe(device_type: str) -> None:
     device, block = torch.device(device_type), (16, 32)
     if device_type == "cuda":  # a process of its own: computes as the reference does
         torch.backends.cudnn.conv.fp32_precision = "ieee"  # type: ignore[attr-defined]
-    layers = {}
+    layers: dict[str, dict[str, float]] = {}
     for dtype in (torch.float32, torch.bfloat16):
         for family in (kernel_choice.LINEAR, kernel_choice.CONV):
             reason = kernel_choice.why_no_kernel(device, dtype, dtype, block, "relu", family=family, strict=True)

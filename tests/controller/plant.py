@@ -36,7 +36,7 @@ class FakeGate:
         self.switches = torch.zeros(self.grid, dtype=torch.int64)
         self.weight = weight
         self.trained, self.normalised, self.transposed = True, False, False
-        self.active_area, self.probed_area = 1.0, 0.0  # shares of the weight
+        self.active_area, self.probed_area = 1.0, 0.0  # a share of the weight, entries
         self.updates = 0
 
     @property
@@ -53,18 +53,12 @@ class FakeGate:
         self.updates += 1
         self.switches += mask ^ self._mask
         self._mask.copy_(mask)
-        self.probe_(self.probes[:0])
+        self.probes.fill_(-1)
+        self.probed_area = 0.0
         self.active_area = float((self.block_area * self._mask).sum() / self.block_area.sum())
         if self.weight is not None:
             with torch.no_grad():
                 self.weight *= self.entries()
-
-    def probe_(self, block_ids: Tensor) -> None:
-        assert block_ids.numel() <= self.probes.numel(), "more probes than the gate has room for"
-        assert not self._mask.flatten()[block_ids.long()].any(), "an active block was to be probed"
-        self.probes.fill_(-1)
-        self.probes[: block_ids.numel()] = block_ids.to(torch.int32)
-        self.probed_area = float(self.block_area.flatten()[block_ids.long()].sum() / self.block_area.sum())
 
     def norms(self) -> Tensor:
         """As if all weights were 1, where there are none."""
@@ -75,6 +69,8 @@ class FakeGate:
         """bool [R, C]."""
         probed = torch.zeros(self._mask.numel(), dtype=torch.bool)
         probed[self.probes[self.probes >= 0].long()] = True
+        assert not (probed & self._mask.flatten()).any(), "an active block is probed"
+        assert self.probed_area == float(self.block_area.flatten()[probed].sum())
         return probed.view(self.grid)
 
     def entries(self) -> Tensor:
@@ -105,7 +101,10 @@ class Meter:
     def __call__(self) -> StepCost:
         gated = {gate: 6.0 * self.rows * gate.shape[0] * gate.shape[1] for gate in self.gates}
         fixed = self.rows * self.fixed
-        used = fixed + sum(f * (gate.active_area + WGRAD * gate.probed_area) for gate, f in gated.items())
+        used = fixed + sum(
+            f * (gate.active_area + WGRAD * gate.probed_area / gate.block_area.sum().item())
+            for gate, f in gated.items()
+        )
         return StepCost(fixed + sum(gated.values()), fixed, gated, used, self.coupled)
 
 
