@@ -9,9 +9,10 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 from click.testing import CliRunner
 
-from ctrlcompile import cli, run_log
+from ctrlcompile import cli, kernel_choice, run_log
 from ctrlcompile.controller import Controller
 from ctrlcompile.inspect import doctor
 from ctrlcompile.inspect.run import read
@@ -234,6 +235,18 @@ def probed_here(monkeypatch, capsys):
 
     monkeypatch.setattr(doctor, "subprocess", SimpleNamespace(run=trial, TimeoutExpired=subprocess.TimeoutExpired))
     return lambda: doctor._kernels("cpu").state
+
+
+def test_doctor_tells_of_a_compiler_that_builds_for_float32_alone(probed_here, monkeypatch):
+    build_any = kernel_choice.why_no_kernel
+
+    def build_one(device, x_dtype, *rest, **options):
+        return "no such flag" if x_dtype == torch.bfloat16 else build_any(device, x_dtype, *rest, **options)
+
+    monkeypatch.setattr(kernel_choice, "why_no_kernel", build_one)
+    assert probed_here() == "missing"
+    found = doctor._kernels("cpu").found
+    assert re.search("linears in float32.*in bfloat16 gated layers are computed densely: no such flag", found)
 
 
 @pytest.mark.parametrize("role", ["forward", "dgrad", "wgrad"])

@@ -77,7 +77,7 @@ def load(controller: Controller, state: Mapping[str, Any]) -> None:
     ]
     c._lattice.load(state["coupling"])
     c._inbox.collect()
-    c._prober.hand_out(every=True)
+    c._prober.hand_out(always=True)
     c._left_at = c._updates()
 
 
@@ -145,5 +145,7 @@ def _check(c: Controller, state: Mapping[str, Any]) -> None:
         saved = state["tensors"].get(name)
         if saved is None or saved.shape != tensor.shape or saved.dtype != tensor.dtype:
             raise ValueError(f"state: tensor {name!r} is damaged or missing; nothing was changed")
+    if not all(c._prober.fits(ids, counts) for ids, counts in (state["probes"], *state["probing"])):
+        raise ValueError("state: 'probes' or 'probing' is damaged; nothing was changed")
     if not c._lattice.fits(state["coupling"]):
         raise ValueError("state: 'coupling' is damaged; nothing was changed")

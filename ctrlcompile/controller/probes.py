@@ -129,17 +129,27 @@ class Prober:
         self.coming = []
         self.hand_out()
 
-    def hand_out(self, every: bool = False) -> None:
-        """Hands all gates the blocks to probe in the coming step: where there are or were any, or `every` time."""
+    def fits(self, ids: Tensor, counts: Sequence[int]) -> bool:
+        """Whether these could be the probes of a step: blocks of their gates, and no more than each has room for."""
+        if len(counts) != len(self._capacity) or sum(counts) != ids.numel():
+            return False
+        gate_of = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts))
+        local = ids.cpu() - self._starts[gate_of]
+        inside = bool(((local >= 0) & (local < self._layout.lengths[gate_of])).all())
+        return inside and all(count <= room for count, room in zip(counts, self._capacity, strict=True))
+
+    def hand_out(self, *, always: bool = False) -> None:
+        """Hands all gates the blocks to probe in the coming step; `always`, or if there are or were any."""
         before, self.current = self.current, self.coming.pop(0) if self.coming else Probes.none(self._layout)
         ids, counts = self.current.ids, torch.tensor(self.current.counts)
-        if not (ids.numel() or before.ids.numel() or every):
+        if not (ids.numel() or before.ids.numel() or always):
             return
         gate_of = self._layout.gate_of[ids]
         place = self._rooms[gate_of] + torch.arange(ids.numel()) - (counts.cumsum(0) - counts)[gate_of]
         probes = torch.full((sum(self._capacity),), -1, dtype=torch.int32)  # of all gates, one after the other
         probes[place] = (ids - self._starts[gate_of]).int()
-        torch._foreach_copy_([gate.probes for gate in self._gates], probes.split(self._capacity), non_blocking=True)
+        probes = probes.to(self._gates[0].probes.device, non_blocking=True)
+        torch._foreach_copy_([gate.probes for gate in self._gates], probes.split(self._capacity))
         areas = torch.bincount(gate_of, self._area[ids], minlength=counts.numel()).tolist()
         for gate, area in zip(self._gates, areas, strict=True):
-            gate.probed_area = area
+            gate.probed_area = float(area)

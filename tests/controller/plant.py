@@ -36,7 +36,8 @@ class FakeGate:
         self.switches = torch.zeros(self.grid, dtype=torch.int64)
         self.weight = weight
         self.trained, self.normalised, self.transposed = True, False, False
-        self.active_area, self.probed_area = 1.0, 0.0  # a share of the weight, entries
+        self.active_area = 1.0  # share of the weight
+        self.probed_area = 0.0  # entries
         self.updates = 0
 
     @property

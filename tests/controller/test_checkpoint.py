@@ -76,6 +76,11 @@ def test_a_state_shares_nothing_with_the_run_that_goes_on():
     assert same(state, before)
 
 
+def probes_of(state, first=0, last=0):
+    """Probes of the blocks from 0 on, said to be so many of the first gate and of the last."""
+    return [torch.arange(first + last), [first, *[0] * (len(state["gates"]) - 2), last]]
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
@@ -88,6 +93,8 @@ def test_a_state_shares_nothing_with_the_run_that_goes_on():
         (lambda s: s["gates"]["layer1"].update(block=[16, 8]), r"block of gate 'layer1' is \(16, 8\)"),
         (lambda s: s.pop("ramp"), "ramp missing"),
         (lambda s: s["tensors"].update(order=torch.zeros(3)), "'order' is damaged"),
+        (lambda s: s.update(probes=probes_of(s, first=30)), "'probes' or 'probing'"),  # more than there is room for
+        (lambda s: s["probing"].append(probes_of(s, last=1)), "'probes' or 'probing'"),  # a block of another gate
     ],
 )
 def test_a_checkpoint_of_another_run_is_refused_and_changes_nothing(damage, message):
