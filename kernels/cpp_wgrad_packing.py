@@ -25,7 +25,8 @@ void pack(const x_t* x, const int64_t* from, int64_t left, int64_t blocks, const
   }
 }
 
-// As `pack`, to [block][two rows][column][of the two]; `first` is even, and what would pair with the last row is zero.
+// As `pack` where every row is there, to [block][two rows][column][of the two]; `first` is even, and what would pair
+// with the last row is zero.
 template <int SIDE>
 void pack_in_pairs(const bf16* x, const int64_t* from, int64_t left, int64_t blocks, const char* used, int64_t first,
                    int64_t last, int64_t size, bf16* to) {

@@ -38,6 +38,8 @@ class StepCost:
 class Gate(Protocol):
     """The block mask of one weight, as far as the controller needs it. Gates are compared by identity."""
 
+    probed_area: float  # weight entries in the blocks that are probed
+
     @property
     def name(self) -> str: ...
     @property
@@ -65,9 +67,6 @@ class Gate(Protocol):
     @property
     def block_area(self) -> Tensor: ...  # float32 [R, C], weight entries in each block; on the CPU
     def norms(self) -> Tensor: ...  # float32 [R, C], the norm of each block of the weight; on the weight's device
-
-    probed_area: float  # weight entries in the blocks that are probed, as in block_area
-
     def update_(self, mask: Tensor) -> None: ...
 
 

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from ctrlcompile.controller.budget import Ledger
 from ctrlcompile.controller.layout import Layout
-from ctrlcompile.controller.probes import RATE, Prober, Rotation
+from ctrlcompile.controller.probes import RATE, Prober, Probes, Rotation
 
 from .plant import FakeGate
 
@@ -74,6 +74,19 @@ def test_gates_probe_what_was_planned_step_by_step():
         assert torch.equal(found.nonzero().flatten(), probes.ids.sort().values)
     prober.hand_out()
     assert not any(gate.probed().any() for gate in gates)
+
+
+def test_gates_may_all_probe_as_much_as_they_have_room_for():
+    gates = two_gates()
+    for gate in gates:
+        gate.update_(torch.zeros(gate.grid, dtype=torch.bool))
+    prober = Prober(gates, LAYOUT)
+    counts = [gate.probes.numel() for gate in gates]
+    chosen = [torch.randperm(gate.mask.numel())[:count] for gate, count in zip(gates, counts, strict=True)]
+    prober.coming = [Probes(torch.cat([chosen[0], chosen[1] + LAYOUT.offsets[1]]), counts)]
+    prober.hand_out()
+    for gate, ids in zip(gates, chosen, strict=True):
+        assert gate.probes.tolist() == ids.tolist()
 
 
 def test_once_stopped_no_gate_probes_also_where_the_mask_of_another_was_switched():
