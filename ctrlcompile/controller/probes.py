@@ -1,7 +1,8 @@
 """Which inactive blocks have their gradient measured in each step.
 
 Each gate's blocks are visited in one shuffled order, round and round; blocks that are active when their turn comes are
-passed over. A probe costs wgrad of one block, and all probes of a step at most `SPEND` of what the step may use.
+passed over. A probe costs wgrad of one block, and all probes of a step at most `SPEND` of what the step may use. Where
+blocks are to come back sooner than those rounds know them, as in short runs, what is not spent on them pays for more.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from .layout import Layout
 
 RATE = 0.01  # of the inactive blocks, per step
 SPEND = 0.004  # of the step's FLOPs
+CHOICE = 2  # where active blocks do not use up the plan: what is probed until the next decision, times what is missing
 WGRAD = 1 / 2  # share of a block's FLOPs that wgrad has at most: 1/3, or 1/2 in a layer that needs no dgrad
 
 
@@ -59,7 +61,15 @@ class Rotation:
         return cls(torch.cat(order), [0] * len(sizes), [0.0] * len(sizes))
 
     def next(
-        self, active: Tensor, cost: list[float], layout: Layout, *, steps: int, afford: float, capacity: list[int]
+        self,
+        active: Tensor,
+        cost: list[float],
+        layout: Layout,
+        *,
+        steps: int,
+        afford: float,
+        unspent: float,
+        capacity: list[int],
     ) -> list[Probes]:
         """What to probe in each of the next `steps` steps.
 
@@ -67,12 +77,16 @@ class Rotation:
             active: bool [N].
             cost: per gate, the share of the gateable FLOPs of one block.
             afford: share of the gateable FLOPs that a step's probes may cost.
+            unspent: share of them that a step leaves to probes anyhow, for want of blocks known to be worth it.
             capacity: per gate, the most probes in a step.
         """
         waiting = ~active[self.order]
         counts = [int(n) for n in layout.sums(waiting.float()[None])[0].tolist()]
-        wanted = sum(RATE * n * c * WGRAD for n, c in zip(counts, cost, strict=True))
-        rate = RATE * min(1.0, afford / wanted) if wanted > 0 else 0.0
+        inactive = sum(n * c for n, c in zip(counts, cost, strict=True))
+        rate = 0.0
+        if inactive > 0:
+            rate = min(RATE, (afford + unspent) / WGRAD / inactive)
+            rate = max(rate, min(1.0, CHOICE * unspent / inactive) / steps)
         turns: list[Sequence[Tensor]] = []
         for g, (places, ids) in enumerate(zip(layout.split(waiting), layout.split(self.order), strict=True)):
             self.credit[g] += rate * counts[g] * steps
@@ -120,7 +134,8 @@ class Prober:
             [flops / ledger.gated / size for flops, size in zip(ledger.average_gated, sizes, strict=True)],
             self._layout,
             steps=steps,
-            afford=SPEND * (ledger.average_fixed / ledger.gated + max(0.0, wanted)) + unspent,
+            afford=SPEND * (ledger.average_fixed / ledger.gated + max(0.0, wanted)),
+            unspent=unspent,
             capacity=self._capacity,
         )
 

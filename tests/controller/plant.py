@@ -97,16 +97,17 @@ class Meter:
 
     def __init__(self, gates: list[FakeGate], fixed: float) -> None:
         self.gates, self.fixed, self.rows = gates, fixed, 1.0
+        self.spared = 0.0  # of the fixed FLOPs, what the model as it is pruned leaves out
         self.coupled: tuple[Coupled, ...] = ()
 
     def __call__(self) -> StepCost:
         gated = {gate: 6.0 * self.rows * gate.shape[0] * gate.shape[1] for gate in self.gates}
-        fixed = self.rows * self.fixed
+        whole, fixed = self.rows * self.fixed, self.rows * (self.fixed - self.spared)
         used = fixed + sum(
             f * (gate.active_area + WGRAD * gate.probed_area / gate.block_area.sum().item())
             for gate, f in gated.items()
         )
-        return StepCost(fixed + sum(gated.values()), fixed, gated, used, self.coupled)
+        return StepCost(whole + sum(gated.values()), fixed, gated, used, self.coupled)
 
 
 def chained(gates: list[FakeGate]) -> Coupled:

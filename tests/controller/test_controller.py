@@ -52,6 +52,17 @@ def test_a_run_of_any_length_lands_within_one_per_cent_of_its_budget(
     assert controller.budget_used == pytest.approx(1, rel=0.01)
 
 
+@settings(max_examples=10, deadline=None)
+@given(budget=st.floats(0.4, 0.8), steps=st.integers(30, 60), seed=st.integers(0, 2**31))
+def test_what_attention_saves_when_heads_die_is_spent_on_other_blocks_in_a_short_run(budget, steps, seed):
+    plant = Plant(SHAPES, fixed_share=0.3, seed=seed)
+    controller = Controller(plant.gates, plant.meter, budget, steps)
+    for _ in range(steps):
+        plant.meter.spared = plant.meter.fixed * (1 - controller.density**4)
+        run(plant, controller, 1)
+    assert share(controller) == pytest.approx(budget, rel=0.01)
+
+
 def test_a_long_run_lands_within_a_fifth_of_a_per_cent():
     for budget in (0.1, 0.25, 0.4, 0.9):
         plant = Plant(SHAPES, fixed_share=0.05, seed=fresh_seed())

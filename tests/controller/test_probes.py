@@ -1,12 +1,13 @@
 """Probes: whose turn it is, what they may cost, and that gates probe what was planned and nothing else."""
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ctrlcompile.controller.budget import Ledger
 from ctrlcompile.controller.layout import Layout
-from ctrlcompile.controller.probes import RATE, Prober, Probes, Rotation
+from ctrlcompile.controller.probes import RATE, WGRAD, Prober, Probes, Rotation
 
 from .plant import FakeGate
 
@@ -24,7 +25,7 @@ def test_every_inactive_block_is_probed_once_before_any_is_probed_twice():
     active = torch.rand(N) < 0.5
     seen = torch.zeros(N, dtype=torch.int64)
     while seen.sum() < int((~active).sum()) * 3:
-        for probes in rotation.next(active, [0.006, 0.004], LAYOUT, steps=4, afford=1.0, capacity=[2, 2]):
+        for probes in rotation.next(active, [0.006, 0.004], LAYOUT, steps=4, afford=1.0, unspent=0.0, capacity=[2, 2]):
             seen[probes.ids] += 1
     assert not seen[active].any()
     for gate in (0, 1):
@@ -39,7 +40,9 @@ def test_probes_cost_no_more_than_they_may_and_fit_the_gates(afford, steps, capa
     total = 0.0
     rounds = 100 // steps + 1
     for _ in range(rounds):
-        turns = rotation.next(active, [0.006, 0.0057], LAYOUT, steps=steps, afford=afford, capacity=[capacity] * 2)
+        turns = rotation.next(
+            active, [0.006, 0.0057], LAYOUT, steps=steps, afford=afford, unspent=0.0, capacity=[capacity] * 2
+        )
         assert len(turns) == steps
         for probes in turns:
             assert max(probes.counts) <= capacity
@@ -47,6 +50,20 @@ def test_probes_cost_no_more_than_they_may_and_fit_the_gates(afford, steps, capa
             total += 0.5 * (0.006 * probes.counts[0] + 0.0057 * probes.counts[1])
     assert total <= afford * rounds * steps * (1 + 1e-6)
     assert total <= RATE * 0.5 * (100 * 0.006 + 84 * 0.0057) * rounds * steps * (1 + 1e-6)
+
+
+@settings(deadline=None, max_examples=25)
+@given(unspent=st.floats(0.02, 0.5), steps=st.integers(1, 10), share=st.floats(0.1, 0.9))
+def test_where_blocks_are_missing_twice_as_many_are_probed_until_the_next_decision(unspent, steps, share):
+    active = torch.rand(N) < share
+    cost = [0.6 / 100, 0.4 / 91]
+    turns = Rotation.of(LAYOUT).next(active, cost, LAYOUT, steps=steps, afford=0.0, unspent=unspent, capacity=[100] * 2)
+    probed = torch.cat([probes.ids for probes in turns])
+    assert probed.unique().numel() == probed.numel()
+    inactive = float(torch.tensor(cost)[LAYOUT.gate_of[~active]].sum())
+    due = min(inactive, max(2 * unspent, min(RATE * inactive, 2 * unspent) * steps))
+    assert float(torch.tensor(cost)[LAYOUT.gate_of[probed]].sum()) == pytest.approx(due, abs=1.01 * sum(cost))
+    assert WGRAD * due / steps <= unspent * (1 + 1e-6)
 
 
 def probing(gates):
