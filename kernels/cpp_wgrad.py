@@ -1,25 +1,27 @@
 """C++ for the weight gradient: for each listed block and tap, a product over all rows.
 
-The plan of one call: a task is a chunk of the weight's grid, for a slice of the rows. Its thread takes the rows in
-tiles (`cpp_window`; a linear has one tap, and its pixels are its rows) so small that the two panels of a block fit the
-first-level cache: it packs the chunk's columns of both inputs, by blocks, and multiplies the two panels of each listed
-block, once for each tap. Panels and sums are the thread's own, so that no thread waits for another, and chunks are as
-large as leaves both in the second-level cache, since each packs its columns anew. Sums are float32 until all rows are
-in; then they are rounded and written, together with the block's two signals. Probed blocks take the same way without
-being written; all other blocks are written zero.
+The plan of one call: the products of all listed blocks stand in one line, cut into ranges as equal as can be, one for
+each thread; where blocks are few, the rows are cut into slices, too. A thread takes its rows in tiles (`cpp_window`; a
+linear has one tap, and its pixels are its rows) so small that the two panels of a block, its columns of both inputs,
+fit the first-level cache. Blocks stand row by row or column by column: the panel of a row passes, those of a strip of
+columns are kept in the second-level cache, or the other way round; each is packed when the first block needs it. What
+the next block's panels are packed from lies in as many places as the tile has rows, where the hardware does not look
+ahead: the cache is asked for it while the products before are made. Panels and sums are the thread's own, so that no
+thread waits for another. Sums are float32 until all rows are in; then they are rounded and written, together with the
+block's two signals. Probed blocks take the same way without being written; all other blocks are written zero.
 """
 
 import torch
 
 from . import cpp_factors, cpp_vectors, cpp_window
-from .cpp_wgrad_packing import PACKING
+from .cpp_wgrad_packing import PANELS
 from .isa import Isa, panels
 
 
 def source(isa: Isa, block: tuple[int, int], x_dtype: torch.dtype, weight_dtype: torch.dtype) -> str:
     """C++ for blocks of `block` (sides along the weight's rows and columns)."""
     strips = panels(block[1], isa)
-    calls = "\n".join(f"  strip<v{s.lanes}, {s.vectors}, {s.first}>(g, x, rows, sums);" for s in strips)
+    calls = "\n".join(f"  strip<v{s.lanes}, {s.vectors}, {s.first}>(g, x, rows, sums, next);" for s in strips)
     group = min(strip.rows for strip in strips)
     pack = "pack_in_pairs" if cpp_factors.takes_pairs(isa, x_dtype) else "pack"
     what = f"{block[0]} x {block[1]} blocks (output x input columns), {x_dtype} x {weight_dtype}"
@@ -33,7 +35,7 @@ typedef {cpp_vectors.SCALARS[str(weight_dtype)]} w_t;
 constexpr int OUT = {block[0]}, IN = {block[1]};
 constexpr int GROUPS = {-(-block[0] // group)};  // of the block's rows, whose sums stay in registers
 """
-        + PACKING
+        + PANELS
         + _BODY.replace("$CALLS", calls).replace("$PACK", pack)
     )
 
@@ -51,10 +53,11 @@ template <class F> INLINE void for_groups(F f) {
 
 // ---- the inner kernel ----------------------------------------------------------------------------------------------
 
-// sums[ROWS rows of the block][a strip] += g^T x over `rows` rows, each with the pixel that it reads.
-template <class V, int VECTORS, int ROWS>
+// sums[ROWS rows of the block][a strip] += g^T x over `rows` rows, each with the pixel that it reads. If ASK, the cache
+// is asked for a line at one of the places for each of them.
+template <class V, int VECTORS, int ROWS, bool ASK>
 __attribute__((noinline)) void kernel(const packed_t* g, const packed_t* x, const int64_t* at, int64_t rows,
-                                      float* sums) {
+                                      float* sums, const x_t* line, const int64_t* places) {
   typename V::f acc[ROWS][VECTORS];
   UNROLL for (int i = 0; i < ROWS; ++i)
     UNROLL for (int v = 0; v < VECTORS; ++v) acc[i][v] = load<V>(sums + i * IN + v * V::lanes);
@@ -66,7 +69,10 @@ __attribute__((noinline)) void kernel(const packed_t* g, const packed_t* x, cons
   };
   // Twice, not more: instructions whose offsets fit a byte are fetched as fast as they execute.
   int64_t m = 0;
-  UNROLL_TWICE for (; m + DEPTH <= rows; m += DEPTH, g += DEPTH * OUT) add(g, x + at[m], x + at[m + DEPTH - 1]);
+  UNROLL_TWICE for (; m + DEPTH <= rows; m += DEPTH, g += DEPTH * OUT) {
+    if (ASK) UNROLL for (int d = 0; d < DEPTH; ++d) __builtin_prefetch(line + places[m + d]);
+    add(g, x + at[m], x + at[m + DEPTH - 1]);
+  }
   static const packed_t zeros[IN] = {};
   if (m < rows) add(g, x + at[m], zeros);
   UNROLL for (int i = 0; i < ROWS; ++i)
@@ -75,15 +81,20 @@ __attribute__((noinline)) void kernel(const packed_t* g, const packed_t* x, cons
 
 // A strip of the block's columns, from column AT on.
 template <class V, int VECTORS, int AT>
-void strip(const packed_t* g, const packed_t* x, const Rows& rows, float* sums) {
+void strip(const packed_t* g, const packed_t* x, const Rows& rows, float* sums, Sources& next) {
   for_groups([&](auto group, int at) {
-    kernel<V, VECTORS, decltype(group)::value>(g + at * DEPTH, x + AT, rows.at, rows.count, sums + at * IN + AT);
+    constexpr int ROWS = decltype(group)::value;
+    const x_t* line = nullptr;
+    const int64_t* places = nullptr;
+    const bool ask = next.take(rows.count, &line, &places);
+    const auto add = ask ? kernel<V, VECTORS, ROWS, true> : kernel<V, VECTORS, ROWS, false>;
+    add(g + at * DEPTH, x + AT, rows.at, rows.count, sums + at * IN + AT, line, places);
   });
 }
 
 // Adds the product of a panel of g and the pixels of a panel of x, from that of the first row's tap on, to the block's
 // sums.
-void product(const packed_t* g, const packed_t* x, const Rows& rows, float* sums) {
+void product(const packed_t* g, const packed_t* x, const Rows& rows, float* sums, Sources& next) {
 $CALLS
 }
 
@@ -147,159 +158,180 @@ void clear_row(const int32_t* list, int length, int64_t r, int64_t columns, cons
 // ---- the plan ------------------------------------------------------------------------------------------------------
 
 constexpr int64_t BLOCK_BYTES = 4 * OUT * IN;
-constexpr int64_t AT_ONCE = 32;  // rows that are packed together, an even number; fewer were slower
+constexpr int64_t PACE = 3 * DEPTH;  // multiply-adds that take as long as packing a byte, about
 
-// The grid is cut into chunks, each group's alike, and the rows into slices, so that all threads have tasks enough; of
-// the cuts that give as many, into that which moves the fewest bytes: what is packed for each chunk, and the sums,
-// where they do not stay in the cache, or where slices are joined.
+// Of the orders and cuts the one that takes the least time, as far as products and packed bytes tell.
 struct Plan {
-  int64_t height, width, entries;  // of the weight's grid; how many blocks are listed and probed at most
+  int64_t groups, height, width, taps;  // of the weight: rows of all groups, columns of one, in blocks
+  int64_t entries;                      // listed and probed, at most
   Tiles tiles;
-  int64_t rows = 0, columns = 0;             // blocks of a chunk
-  int64_t down = 0, across = 0, slices = 0;  // chunks of a group; slices of the rows
-  int64_t chunks = 0, tasks = 0;
-  int64_t panel_rows, g_size = 0, x_size = 0;  // of the panels, in entries
+  int64_t g_size, x_size;  // of panels, in entries
+  bool by_rows = true;     // rows pass, within strips of columns; else columns, within strips of rows
+  int64_t kept = 1;        // blocks across a strip
+  int64_t ranges = 1, slices = 1;
 
   Plan(const Geometry& g, int64_t groups, int64_t n, int64_t k, int64_t entries, int64_t first_bytes,
        int64_t second_bytes, int threads)
-      : height((n + OUT - 1) / OUT),
+      : groups(groups),
+        height((n + OUT - 1) / OUT),
         width((k + IN - 1) / IN),
+        taps(g.taps),
         entries(entries),
         tiles(g, 128, 512, 8, [&](const Tiles& t) { return bytes(t.rows * OUT + t.pixels * IN) <= first_bytes; }),
-        panel_rows((tiles.rows + DEPTH - 1) / DEPTH * DEPTH) {
-    const int64_t wanted = threads > 1 ? 4 * threads : 1, all_sums = entries * g.taps * BLOCK_BYTES;
-    const int64_t group_height = height / groups, g_bytes = bytes(panel_rows * OUT), x_bytes = bytes(tiles.pixels * IN);
-    int64_t most = 0, least = 0;  // of tasks, up to those wanted; of bytes
-    for (int64_t r = group_height, next_r; r > 0; r = next_r) {
-      next_r = r > 1 ? (r + 1) / 2 : 0;
-      for (int64_t c = width, next_c; c > 0; c = next_c) {
-        next_c = c > 1 ? (c + 1) / 2 : 0;
-        const int64_t d = (group_height + r - 1) / r, a = (width + c - 1) / c, cut = groups * d * a;
-        const int64_t s = std::max<int64_t>(1, std::min((wanted + cut - 1) / cut, tiles.count));
-        int64_t moved = tiles.count * groups * (group_height * g_bytes * a + width * x_bytes * d);
-        if (r * g_bytes + c * x_bytes + all_sums / cut > second_bytes) moved += 2 * tiles.count * all_sums;
-        if (s > 1) moved += 2 * s * all_sums;
-        const int64_t enough = std::min(cut * s, wanted);
-        if (enough > most || (enough == most && moved < least)) {
-          most = enough, least = moved;
-          rows = r, columns = c, down = d, across = a, slices = s;
+        g_size(in_lines((tiles.rows + DEPTH - 1) / DEPTH * DEPTH * OUT)),
+        x_size(in_lines(tiles.pixels * IN)) {
+    double least = -1;
+    for (const bool rows : {true, false}) {
+      if (!rows && groups > 1) continue;  // each group has other columns
+      const int64_t across = rows ? width : height;
+      for (int64_t side = across, smaller; side > 0; side = smaller) {
+        smaller = side > 1 ? (side + 1) / 2 : 0;
+        if (smaller && side * bytes(rows ? x_size : g_size) > second_bytes) continue;
+        for (int64_t s = 1; s <= std::min<int64_t>(threads, tiles.count); ++s) {
+          const int64_t r = std::max<int64_t>(1, std::min(threads / s, entries * taps));
+          const double taken = time(rows, side, r, s);
+          if (least >= 0 && taken >= least) continue;
+          least = taken;
+          by_rows = rows, kept = side, ranges = r, slices = s;
         }
       }
     }
-    chunks = groups * down * across;
-    tasks = chunks * slices;
-    g_size = (rows * OUT * panel_rows + 31) / 32 * 32;  // whole cache lines
-    x_size = columns * IN * tiles.pixels;
+  }
+
+  // Of the thread that has most to do, in packed bytes.
+  double time(bool rows, int64_t side, int64_t r, int64_t s) const {
+    const int64_t passing = rows ? height : width, across = rows ? width : height, strips = (across + side - 1) / side;
+    const int64_t pass = std::min(passing * strips, entries);
+    const int64_t keep = std::min(across * std::max(groups, r / strips), entries);
+    const double packed = pass * bytes(rows ? g_size : x_size) + keep * bytes(rows ? x_size : g_size);
+    const double multiplied = (entries * taps + r - 1) / r * (OUT * IN * tiles.rows / PACE);
+    const double joined = s > 1 ? 2.0 * entries * taps * BLOCK_BYTES / r : 0;
+    return (tiles.count + s - 1) / s * (multiplied + packed / r) + joined;
+  }
+
+  int64_t g_slots() const { return by_rows ? 1 : kept; }
+  int64_t x_slots() const { return by_rows ? kept : 1; }
+
+  // Whether a comes before b.
+  bool operator()(const Entry& a, const Entry& b) const {
+    const int64_t passes[] = {by_rows ? a.row : a.column, by_rows ? b.row : b.column};
+    const int64_t stays[] = {by_rows ? a.column : a.row, by_rows ? b.column : b.row};
+    const int64_t strips[] = {stays[0] / kept, stays[1] / kept};
+    if (strips[0] != strips[1]) return strips[0] < strips[1];
+    return passes[0] != passes[1] ? passes[0] < passes[1] : stays[0] < stays[1];
   }
 
   static int64_t bytes(int64_t packed) { return sizeof(packed_t) * packed; }
+  static int64_t in_lines(int64_t packed) { return (packed + 31) / 32 * 32; }
 };
 
 // What is the same for all tasks.
 struct Call {
   const Plan& p;
   const x_t *g, *x;
-  int64_t n, k, groups, taps;
+  int64_t n, k;
   Weight weight;
-  const Entry* entries;  // chunk by chunk
-  const int64_t* begin;  // of each chunk
+  const Entry* entries;
+  int64_t count;  // of entries
   const Tile* tiles;
   float* sums;   // [slice][entry][tap][OUT][IN]
   float* parts;  // [entry][tap][2], of the signals
+
+  Columns g_of(const Entry& e) const { return {g + e.row * OUT, std::min<int64_t>(OUT, n - e.row * OUT), e.row}; }
+
+  Columns x_of(const Entry& e) const {
+    const int64_t group = e.row / (p.height / p.groups), first = e.column * IN;
+    return {x + group * k + first, std::min<int64_t>(IN, k - first), group * p.width + e.column};
+  }
 };
 
-// Multiplies the entries of a chunk for a slice of the rows; `panels` has room for a tile of both inputs, and for which
-// of their columns are used.
-void work(const Call& c, int64_t task, packed_t* panels) {
+// Makes a range of the products for a slice of the rows, in memory of the thread's own.
+void work(const Call& c, int64_t task, char* memory) {
   const Plan& p = c.p;
-  const int64_t chunk = task / p.slices, slice = task % p.slices, taps = c.taps;
-  const int64_t first_entry = c.begin[chunk], last_entry = c.begin[chunk + 1];
-  if (first_entry == last_entry) return;
-  const int64_t group = chunk / (p.down * p.across), group_rows = p.height / c.groups;
-  const int64_t row = group * group_rows + chunk / p.across % p.down * p.rows, column = chunk % p.across * p.columns;
-  const int64_t rows = std::min((group + 1) * group_rows - row, p.rows);
-  const int64_t columns = std::min(p.width - column, p.columns);
-  const x_t *const g = c.g + row * OUT, *const x = c.x + group * c.k + column * IN;
-  packed_t *const packed_g = panels, *const packed_x = panels + p.g_size;
-  char *const used_rows = (char*)(packed_x + p.x_size), *const used_columns = used_rows + p.rows;
-  std::memset(used_rows, 0, p.rows + p.columns);
-  for (int64_t i = first_entry; i < last_entry; ++i)
-    used_rows[c.entries[i].row - row] = used_columns[c.entries[i].column - column] = 1;
+  const int64_t taps = p.taps, range = task / p.slices, slice = task % p.slices;
+  const int64_t begin = part(c.count * taps, p.ranges, range), end = part(c.count * taps, p.ranges, range + 1);
   const int64_t first = part(p.tiles.count, p.slices, slice), last = part(p.tiles.count, p.slices, slice + 1);
+  const Panels packed_g(p.g_size, p.g_slots(), memory);
+  const Panels packed_x(p.x_size, p.x_slots(), memory + Panels::bytes(p.g_size, p.g_slots()));
+  const packed_t *g = nullptr, *x = nullptr;
+  Sources next;
   for (int64_t q = first; q < last; ++q) {
-    const Tile& tile = c.tiles[q];
-    for (int64_t m = 0; m < tile.phase->count; m += AT_ONCE)
-      $PACK<OUT>(g, tile.phase->to, c.n - row * OUT, rows, used_rows, m, std::min(m + AT_ONCE, tile.phase->count),
-                 p.panel_rows, packed_g);
-    for (int64_t m = 0; m < tile.pixels; m += AT_ONCE)
-      pack<IN>(x, tile.from, c.k - column * IN, columns, used_columns, m, std::min(m + AT_ONCE, tile.pixels),
-               p.tiles.pixels, packed_x);
-    for (int64_t i = first_entry; i < last_entry; ++i) {
-      const Entry& e = c.entries[i];
-      for (int64_t t = 0; t < taps; ++t) {
-        float* const sums = c.sums + ((slice * p.entries + i) * taps + t) * OUT * IN;
-        if (q == first) std::memset(sums, 0, BLOCK_BYTES);
-        product(packed_g + (e.row - row) * p.panel_rows * OUT,
-                packed_x + (e.column - column) * p.tiles.pixels * IN + tile.tap_at[t], *tile.phase, sums);
-        float* const signals = c.parts + 2 * (i * taps + t);
-        if (p.slices == 1 && q + 1 == last) finish(e, t, sums, c.weight, signals, signals + 1);
+    for (int64_t i = begin; i < end; ++i) {
+      const Tile& tile = c.tiles[q];
+      const Rows& rows = *tile.phase;
+      const int64_t tap = i % taps, left = std::min(taps - tap, end - i);  // of the block's products
+      const Entry& e = c.entries[i / taps];
+      if (tap == 0 || i == begin) {
+        const Columns of_g = c.g_of(e), of_x = c.x_of(e);
+        g = packed_g.get(q, of_g.block, [&](packed_t* to) { $PACK<OUT>(of_g, rows.to, rows.count, to); });
+        x = packed_x.get(q, of_x.block, [&](packed_t* to) { pack<IN>(of_x, tile.from, tile.pixels, to); });
+        const bool again = i + left == end;  // the next block is the next tile's first
+        const Entry& then = c.entries[(again ? begin : i + left) / taps];
+        const Columns then_g = c.g_of(then), then_x = c.x_of(then);
+        next = {};
+        if (q + again < last) {
+          const Tile& other = c.tiles[q + again];
+          if (!packed_g.has(q + again, then_g.block)) next.g = {then_g, other.phase->to, other.phase->count};
+          if (!packed_x.has(q + again, then_x.block)) next.x = {then_x, other.from, other.pixels};
+        }
       }
+      float* const sums = c.sums + (slice * c.count * taps + i) * OUT * IN;
+      if (q == first) std::memset(sums, 0, BLOCK_BYTES);
+      product(g, x + tile.tap_at[tap], rows, sums, next);
+      float* const signals = c.parts + 2 * i;
+      if (p.slices == 1 && q + 1 == last) finish(e, tap, sums, c.weight, signals, signals + 1);
     }
   }
 }
 
-// Adds what the slices have for an entry, in their order.
+// Adds up what the slices have for product i, in their order.
 void join(const Call& c, int64_t i) {
-  const int64_t taps = c.taps;
-  for (int64_t t = 0; t < taps; ++t) {
-    float* const sums = c.sums + (i * taps + t) * OUT * IN;
-    for (int64_t s = 1; s < c.p.slices; ++s) {
-      const float* const others = sums + s * c.p.entries * taps * OUT * IN;
-      for (int64_t j = 0; j < OUT * IN; ++j) sums[j] += others[j];
-    }
-    float* const signals = c.parts + 2 * (i * taps + t);
-    finish(c.entries[i], t, sums, c.weight, signals, signals + 1);
+  const int64_t taps = c.p.taps;
+  float* const sums = c.sums + i * OUT * IN;
+  for (int64_t s = 1; s < c.p.slices; ++s) {
+    const float* const others = sums + s * c.count * taps * OUT * IN;
+    for (int64_t j = 0; j < OUT * IN; ++j) sums[j] += others[j];
   }
+  float* const signals = c.parts + 2 * i;
+  finish(c.entries[i / taps], i % taps, sums, c.weight, signals, signals + 1);
 }
 
-// Sorts what is listed, and what is probed, by chunks.
-void set_entries(const Plan& p, int64_t groups, const int32_t* offsets, const int32_t* indices, const int32_t* probes,
-                 int64_t probe_count, Entry* entries, int64_t* begin) {
-  const int64_t group_rows = p.height / groups;
-  int64_t count = 0;
-  for (int64_t chunk = 0; chunk < p.chunks; ++chunk) {
-    begin[chunk] = count;
-    const int64_t group = chunk / (p.down * p.across);
-    const int64_t top = group * group_rows + chunk / p.across % p.down * p.rows;
-    const int64_t bottom = std::min(top + p.rows, (group + 1) * group_rows);
-    const int64_t left = chunk % p.across * p.columns, right = std::min(left + p.columns, p.width);
-    for (int64_t r = top; r < bottom; ++r) {
-      const int32_t *const end = indices + offsets[r + 1], *c = std::lower_bound(indices + offsets[r], end, left);
-      for (; c < end && *c < right; ++c) entries[count++] = {(int32_t)r, *c, true};
+struct Lists { const int32_t *offsets, *indices; };
+
+// Puts what is active, and what is probed, in the plan's order; returns how many there are.
+int64_t set_entries(const Plan& p, const Lists& rows, const Lists& columns, const int32_t* probes, int64_t probe_count,
+                    Entry* entries) {
+  const Lists& lists = p.by_rows ? rows : columns;
+  const int64_t passing = p.by_rows ? p.height : p.width, across = p.by_rows ? p.width : p.height;
+  Entry* end = entries;
+  for (int64_t strip = 0; strip < across; strip += p.kept)
+    for (int64_t i = 0; i < passing; ++i) {
+      const int32_t *const last = lists.indices + lists.offsets[i + 1];
+      const int32_t* j = std::lower_bound(lists.indices + lists.offsets[i], last, strip);
+      for (; j < last && *j < strip + p.kept; ++j)
+        *end++ = p.by_rows ? Entry{(int32_t)i, *j, true} : Entry{*j, (int32_t)i, true};
     }
-    for (int64_t i = 0; i < probe_count; ++i) {
-      const int64_t r = probes[i] / p.width, c = probes[i] % p.width;
-      if (probes[i] >= 0 && top <= r && r < bottom && left <= c && c < right)
-        entries[count++] = {(int32_t)r, (int32_t)c, false};
-    }
-  }
-  begin[p.chunks] = count;
+  Entry* const probed = end;
+  for (int64_t i = 0; i < probe_count; ++i)
+    if (probes[i] >= 0) *end++ = {(int32_t)(probes[i] / p.width), (int32_t)(probes[i] % p.width), false};
+  std::sort(probed, end, p);
+  std::inplace_merge(entries, probed, end, p);
+  return end - entries;
 }
 
 // Where in the scratch things lie.
 struct Memory {
   int64_t bytes = 0;
-  int64_t tiles, tables, begin, entries, parts, sums, panel_bytes, panels;
+  int64_t tiles, tables, entries, parts, sums, own, panels;  // own: bytes of panels of each thread
 
-  Memory(const Plan& p, int64_t taps, int threads)
+  Memory(const Plan& p, int threads)
       : tiles(take(p.tiles.count * (int64_t)sizeof(Tile))),
         tables(take(p.tiles.count * Tile::bytes(p.tiles))),
-        begin(take((p.chunks + 1) * (int64_t)sizeof(int64_t))),
         entries(take(p.entries * (int64_t)sizeof(Entry))),
-        parts(take(p.entries * taps * 2 * (int64_t)sizeof(float))),
-        sums(take(p.slices * p.entries * taps * BLOCK_BYTES)),
-        panel_bytes(rounded(p.bytes(p.g_size + p.x_size) + p.rows + p.columns)),
-        panels(take(threads * panel_bytes)) {}
+        parts(take(p.entries * p.taps * 2 * (int64_t)sizeof(float))),
+        sums(take(p.slices * p.entries * p.taps * BLOCK_BYTES)),
+        own(rounded(Panels::bytes(p.g_size, p.g_slots()) + Panels::bytes(p.x_size, p.x_slots()))),
+        panels(take(threads * own)) {}
 
   static int64_t rounded(int64_t size) { return (size + 63) / 64 * 64; }
 
@@ -315,26 +347,25 @@ struct Memory {
 extern "C" int64_t scratch_bytes(const Geometry* g, int64_t groups, int64_t n, int64_t k, int64_t entries,
                                  int64_t first_bytes, int64_t second_bytes, int threads) {
   const Plan p(*g, groups, n, k, entries, first_bytes, second_bytes, threads);
-  return Memory(p, g->taps, threads).bytes;
+  return Memory(p, threads).bytes;
 }
 
 // x and g as `geometry` has x and y, in one phase; weight and gradient [n, k, taps], of whose rows each group has as
-// many, and k inputs of its own; signals [2, blocks]. At most `entries` blocks are listed and probed; the panels of a
-// block shall take no more than `first_bytes`, all that a task works on no more than `second_bytes`.
+// many, and k inputs of its own; signals [2, blocks]. At most `entries` blocks are listed, by rows and by columns, and
+// probed; the panels of a block shall take no more than `first_bytes`, those of a strip no more than `second_bytes`.
 extern "C" void run(const Geometry* geometry, const x_t* g, const x_t* x, const w_t* weight, int64_t w_out,
-                    int64_t w_in, int64_t w_tap, const int32_t* offsets, const int32_t* indices, const int32_t* probes,
+                    int64_t w_in, int64_t w_tap, const int32_t* offsets, const int32_t* indices,
+                    const int32_t* column_offsets, const int32_t* column_indices, const int32_t* probes,
                     int64_t probe_count, w_t* gradient, float* signals, int64_t groups, int64_t n, int64_t k,
                     int64_t entries, int64_t first_bytes, int64_t second_bytes, int threads, char* scratch) {
   const Plan p(*geometry, groups, n, k, entries, first_bytes, second_bytes, threads);
-  const Memory memory(p, geometry->taps, threads);
-  const int64_t taps = geometry->taps, blocks = p.height * p.width;
+  const Memory memory(p, threads);
+  const int64_t taps = p.taps, blocks = p.height * p.width;
   Tile* const tiles = (Tile*)(scratch + memory.tiles);
   Entry* const list = (Entry*)(scratch + memory.entries);
-  int64_t* const begin = (int64_t*)(scratch + memory.begin);
-  const Call c = {p, g, x, n, k, groups, taps, {weight, n, k, taps, {w_out, w_in, w_tap}, gradient}, list, begin, tiles,
+  const int64_t count = set_entries(p, {offsets, indices}, {column_offsets, column_indices}, probes, probe_count, list);
+  const Call c = {p, g, x, n, k, {weight, n, k, taps, {w_out, w_in, w_tap}, gradient}, list, count, tiles,
                   (float*)(scratch + memory.sums), (float*)(scratch + memory.parts)};
-  set_entries(p, groups, offsets, indices, probes, probe_count, list, begin);
-  const int64_t count = begin[p.chunks];
 
 #pragma omp parallel num_threads(threads)
   {
@@ -345,11 +376,11 @@ extern "C" void run(const Geometry* geometry, const x_t* g, const x_t* x, const 
     for (int64_t q = 0; q < p.tiles.count; ++q)
       (new (tiles + q) Tile(p.tiles, scratch + memory.tables + q * Tile::bytes(p.tiles)))->set(p.tiles, q, IN);
 #pragma omp for schedule(dynamic, 1)
-    for (int64_t i = 0; i < p.tasks; ++i)
-      work(c, i, (packed_t*)(scratch + memory.panels + omp_get_thread_num() * memory.panel_bytes));
+    for (int64_t i = 0; i < p.ranges * p.slices; ++i)
+      work(c, i, scratch + memory.panels + omp_get_thread_num() * memory.own);
     if (p.slices > 1) {
 #pragma omp for schedule(dynamic, 1)
-      for (int64_t i = 0; i < count; ++i) join(c, i);
+      for (int64_t i = 0; i < count * taps; ++i) join(c, i);
     }
 #pragma omp for schedule(static)
     for (int64_t i = 0; i < count; ++i) {

@@ -87,7 +87,8 @@ def wgrad(
     scratch = _scratch(library.scratch_bytes(geometry.address, *plan))
     library.run(
         geometry.address, grad_z.data_ptr(), x.data_ptr(), weight.data_ptr(), *_strides(weight),
-        lists.crow_indices.data_ptr(), lists.col_indices.data_ptr(), probes.data_ptr(), probes.numel(),
+        lists.crow_indices.data_ptr(), lists.col_indices.data_ptr(), lists.ccol_indices.data_ptr(),
+        lists.row_indices.data_ptr(), probes.data_ptr(), probes.numel(),
         grad_weight.data_ptr(), signals.data_ptr(), *plan, scratch.data_ptr(),
     )  # fmt: skip
 
@@ -121,7 +122,7 @@ def _rows_library(
 def _wgrad_library(block: Block, x_dtype: torch.dtype, weight_dtype: torch.dtype, target: isa.Isa) -> ctypes.CDLL:
     source = cpp_wgrad.source(target, block, x_dtype, weight_dtype)
     library = build.load(_name("wgrad", block, x_dtype, weight_dtype, target), source, target.flags)
-    return _declare(library, "p p p p l l l p p p l p p l l l l l l i p", "p l l l l l l i")
+    return _declare(library, "p p p p l l l p p p p p l p p l l l l l l i p", "p l l l l l l i")
 
 
 def _name(role: str, block: Block, x_dtype: torch.dtype, weight_dtype: torch.dtype, target: isa.Isa) -> str:
