@@ -102,7 +102,7 @@ def evenly(
 
     What a layer is worth is told by its gradients, and some layers learn late. Blocks without `worth` [N] are not kept
     for this, nor are those of gates that stand `apart` [G]: before batch norms none outbids another (see `rating`).
-    docs/benchmarks.md has the trials.
+    docs/trials.md has the trials.
     """
     gate = layout.gate_of
 
