@@ -17,13 +17,13 @@ MOST_BYTES = 2**31 - 1
 
 
 def describe(device: torch.device, dtype: torch.dtype = torch.float32) -> dict[str, object]:
-    """The machine, the versions and the command of this run; of a GPU its name, driver and Triton as well.
+    """The machine, the versions, commit and command of this run; of a GPU its name, driver and Triton as well.
 
     `dtype`: of the products, on which depends what instructions a CPU has for them.
     """
     found: dict[str, object] = {
         "cpu": _cpu(), "cores": os.cpu_count(), "threads": torch.get_num_threads(), "torch": torch.__version__,
-        "python": platform.python_version(), "command": command(),
+        "python": platform.python_version(), "commit": commit(), "command": command(),
     }  # fmt: skip
     if device.type != "cuda":
         return found | {"isa": isa.current(dtype).name, "compiler": _first_line(*build.compiler(), "--version")}
@@ -54,9 +54,18 @@ def command() -> str:
     return " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]])
 
 
+def commit() -> str:
+    """Of this checkout, with `-dirty` where files differ from it; empty where git cannot tell."""
+    return _first_line("git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--exclude", "*")
+
+
 def _cpu() -> str:
+    """Name, family and model, as Linux has them: a name alone may stand for several generations."""
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
+    found = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
+    if "model name" not in found:
+        return platform.processor()
+    return f"{found['model name']}, family {found.get('cpu family', '?')}, model {found.get('model', '?')}"
 
 
 def _first_line(*program: str) -> str:

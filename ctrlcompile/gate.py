@@ -28,7 +28,7 @@ from ctrlcompile.blocks import (
 from ctrlcompile.controller.host import on_cpu
 from ctrlcompile.kernels import index_lists
 
-PROBED_SHARE = 64  # one block in so many can be probed in a step
+PROBED_SHARE = 16  # one block in so many can be probed in a step
 
 
 class Gate:

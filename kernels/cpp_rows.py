@@ -126,7 +126,7 @@ __attribute__((noinline)) void kernel(const Call& c, const List& list, const Pha
   for (int64_t steps = all; steps > 0; --steps) {
     if (++t == taps) t = 0, ++j;
     const int64_t next = (int64_t)entry[j < length ? j : 0] * IN + tap_at[t];
-    if (t == 0)  // the other taps read what the first one did, but for a few pixels
+    if (t == 0)  // of a block's first tap alone: many pixels of the others are there then, and all in the next cache
       UNROLL for (int i = 0; i < ROWS; ++i)
         UNROLL for (int k = 0; k < IN; k += 64 / sizeof(packed_t)) __builtin_prefetch(pixel[i] + next + k);
     // What is stored at the end is in the cache by then. A few rows at a time: a core waits for few lines at once, and

@@ -187,7 +187,9 @@ struct Plan {
       for (int64_t side = across, smaller; side > 0; side = smaller) {
         smaller = side > 1 ? (side + 1) / 2 : 0;
         if (smaller && side * bytes(rows ? x_size : g_size) > second_bytes) continue;
-        for (int64_t s = 1; s <= std::min<int64_t>(threads, tiles.count); ++s) {
+        const int64_t most = std::min<int64_t>(threads, tiles.count);
+        for (int64_t s = 1, more = 1; more; s = more) {
+          more = s < most ? std::min(2 * s, most) : 0;
           const int64_t r = std::max<int64_t>(1, std::min(threads / s, entries * taps));
           const double taken = time(rows, side, r, s);
           if (least >= 0 && taken >= least) continue;
@@ -212,8 +214,8 @@ struct Plan {
   int64_t g_slots() const { return by_rows ? 1 : kept; }
   int64_t x_slots() const { return by_rows ? kept : 1; }
 
-  // Whether a comes before b.
-  bool operator()(const Entry& a, const Entry& b) const {
+  // Whether a stands before b.
+  bool in_order(const Entry& a, const Entry& b) const {
     const int64_t passes[] = {by_rows ? a.row : a.column, by_rows ? b.row : b.column};
     const int64_t stays[] = {by_rows ? a.column : a.row, by_rows ? b.column : b.row};
     const int64_t strips[] = {stays[0] / kept, stays[1] / kept};
@@ -256,9 +258,9 @@ void work(const Call& c, int64_t task, char* memory) {
   const packed_t *g = nullptr, *x = nullptr;
   Sources next;
   for (int64_t q = first; q < last; ++q) {
+    const Tile& tile = c.tiles[q];
+    const Rows& rows = *tile.phase;
     for (int64_t i = begin; i < end; ++i) {
-      const Tile& tile = c.tiles[q];
-      const Rows& rows = *tile.phase;
       const int64_t tap = i % taps, left = std::min(taps - tap, end - i);  // of the block's products
       const Entry& e = c.entries[i / taps];
       if (tap == 0 || i == begin) {
@@ -314,8 +316,9 @@ int64_t set_entries(const Plan& p, const Lists& rows, const Lists& columns, cons
   Entry* const probed = end;
   for (int64_t i = 0; i < probe_count; ++i)
     if (probes[i] >= 0) *end++ = {(int32_t)(probes[i] / p.width), (int32_t)(probes[i] % p.width), false};
-  std::sort(probed, end, p);
-  std::inplace_merge(entries, probed, end, p);
+  const auto in_order = [&](const Entry& a, const Entry& b) { return p.in_order(a, b); };
+  std::sort(probed, end, in_order);
+  std::inplace_merge(entries, probed, end, in_order);
   return end - entries;
 }
 

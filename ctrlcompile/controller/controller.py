@@ -242,7 +242,10 @@ class Controller:
         self._next = self.steps + take
         returned, dropped = self._act(self._choose(wanted, cost, floor)) if self._ramp.started >= 0 else (0, 0)
         self._decided = self.steps
-        self._plan_probes(take, wanted, cost)
+        if take == left:
+            self._prober.stop()  # no decision is left that they could inform
+        else:
+            self._plan_probes(take, wanted, cost)
         self._note(wanted, returned, dropped)
 
     def _hear(self) -> None:
@@ -348,7 +351,8 @@ class Controller:
         return returned, int(sum(counts[0])) - returned
 
     def _plan_probes(self, steps: int, wanted: float, cost: Tensor) -> None:
-        active, unspent = self._blocks.active, wanted - self._density
+        active = self._blocks.active
+        unspent = min(wanted, self._feedback.ask(wanted)) - self._density  # feedback holds back what probes cost
         if not bool((~active & (cost > 0) & (cost <= 2 * unspent)).any()):  # nothing that it would bring back
             unspent = 0.0
         if swap_limit(self.steps, self.interval, self.total_steps) == 0 == unspent:  # nothing comes back any more

@@ -2,7 +2,7 @@
 
 Each gate's blocks are visited in one shuffled order, round and round; blocks that are active when their turn comes are
 passed over. A probe costs wgrad of one block, and all probes of a step at most `SPEND` of what the step may use. Where
-blocks are to come back sooner than those rounds know them, as in short runs, what is not spent on them pays for more.
+more cost is to come back than those rounds know blocks for, as in short runs, what it would have used pays for more.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from .layout import Layout
 
 RATE = 0.01  # of the inactive blocks, per step
 SPEND = 0.004  # of the step's FLOPs
-CHOICE = 2  # where active blocks do not use up the plan: what is probed until the next decision, times what is missing
+CHOICE = 2  # where active blocks leave a part of the plan: cost of what is probed until the next decision, times that
 WGRAD = 1 / 2  # share of a block's FLOPs that wgrad has at most: 1/3, or 1/2 in a layer that needs no dgrad
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ctrlcompile.controller.contract import StepCost
 from ctrlcompile.controller.coupling import Coupled, Coupling, Members, Sets
+from ctrlcompile.gate import PROBED_SHARE
 
 WGRAD = 1 / 3
 
@@ -31,7 +32,7 @@ class FakeGate:
         cols[-1] -= self.grid[1] * block[1] - shape[1]
         self.block_area = rows[:, None] * cols
         self._mask = torch.ones(self.grid, dtype=torch.bool)
-        self.probes = torch.full((max(1, self._mask.numel() // 8),), -1, dtype=torch.int32)
+        self.probes = torch.full((max(1, self._mask.numel() // PROBED_SHARE),), -1, dtype=torch.int32)
         self.signals = torch.zeros(2, *self.grid, requires_grad=True)
         self.switches = torch.zeros(self.grid, dtype=torch.int64)
         self.weight = weight

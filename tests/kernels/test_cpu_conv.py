@@ -128,10 +128,12 @@ def test_pixels_are_shared_out_completely(threads, name):
         torch.set_num_threads(before)
 
 
+@pytest.mark.parametrize(("cached", "threads"), [(0, 2), (150_000, 3), (150_000, 9)])
 @pytest.mark.parametrize("name", ["3x3", "stride 2", "volumes", "groups that end in a partial block"])
-def test_small_tiles_add_up(name, monkeypatch):
+def test_small_tiles_strips_and_ranges_add_up(name, cached, threads, monkeypatch):
     monkeypatch.setattr(cpu_product, "_PANEL_BYTES", 0)
-    monkeypatch.setattr(cpu_product, "_second_level_bytes", lambda: 0)
+    monkeypatch.setattr(cpu_product, "_second_level_bytes", lambda: cached)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     _, channels, *size = SHAPES[name][0]
     outputs, *rest = SHAPES[name][1:]
     ConvProblem.random((40, channels, *size), outputs, *rest, 0.5, FLOAT).on(cpu_conv).check()

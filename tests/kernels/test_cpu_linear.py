@@ -1,5 +1,6 @@
 """The generated CPU kernels compute what the reference says, as accurately as dense operators do."""
 
+import contextlib
 import dataclasses
 
 import pytest
@@ -97,12 +98,45 @@ def test_many_rows_are_shared_out_completely(threads, m, k, n):
         torch.set_num_threads(before)
 
 
-@pytest.mark.parametrize("cached", [0, 1 << 30])
-def test_small_tiles_and_chunks_of_any_size_add_up(cached, monkeypatch):
-    monkeypatch.setattr(cpu_product, "_PANEL_BYTES", 0)
-    monkeypatch.setattr(cpu_product, "_second_level_bytes", lambda: cached)
-    for dtypes in (FLOAT, HALF):
-        Problem.random(500, 200, 300, (32, 32), 0.5, dtypes).check_wgrad()
+@contextlib.contextmanager
+def scratch_of_no_more_than_was_asked_for(patch):
+    """Kernels get as much as they asked for, and nothing behind it is written."""
+    given = []
+
+    def scratch(size):
+        given.append((torch.full((size + 4096,), 0xA5, dtype=torch.uint8), size))
+        return given[-1][0]
+
+    patch.setattr(cpu_product, "_scratch", scratch)
+    yield
+    assert given
+    assert all((memory[size:] == 0xA5).all() for memory, size in given)
+
+
+@given(
+    m=st.integers(1, 900),
+    k=st.integers(1, 400),
+    n=st.integers(1, 400),
+    density=st.floats(0.01, 1.0),
+    dtypes=st.sampled_from([FLOAT, HALF]),
+    panel=st.sampled_from([0, 32 << 10]),
+    cached=st.sampled_from([0, 60_000, 200_000, 1 << 30]),
+    threads=st.sampled_from([1, 2, 3, 7]),
+    seed=st.integers(0, 2**31),
+)
+@PROPERTY
+def test_weight_gradients_cut_into_strips_ranges_and_slices_add_up(
+    m, k, n, density, dtypes, panel, cached, threads, seed
+):
+    torch.manual_seed(seed)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cpu_product, "_PANEL_BYTES", panel)
+        patch.setattr(cpu_product, "_second_level_bytes", lambda: cached)
+        patch.setattr(torch, "get_num_threads", lambda: threads)
+        problem = Problem.random(m, k, n, (32, 32), density, dtypes)
+        problem.probes = (~problem.mask).flatten().nonzero().flatten().flip(0).int()
+        with scratch_of_no_more_than_was_asked_for(patch):
+            problem.check_wgrad()
 
 
 @pytest.mark.parametrize("ways", [1, 16])
