@@ -25,6 +25,7 @@ def scripts() -> dict[str, ModuleType]:
     loaded = {}
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(FOLDER))
+        patch.delitem(sys.modules, "kernels", raising=False)  # the folder, which transformers takes for a library
         for name in NAMES:
             # Not under its own name, which is a folder's as well.
             spec = importlib.util.spec_from_file_location(f"benchmark_{name}", FOLDER / f"{name}.py")
