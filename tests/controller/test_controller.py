@@ -297,6 +297,17 @@ def test_what_a_thin_model_leaves_unspent_is_spent_on_finding_blocks_to_bring_ba
     assert share(controller) == pytest.approx(0.8, rel=0.01)
 
 
+@pytest.mark.parametrize(("steps", "probes"), [(390, True), (398, False)])
+def test_the_last_step_probes_nothing_since_no_decision_would_hear_of_it(steps, probes):
+    plant = Plant(SHAPES, seed=fresh_seed())
+    controller = Controller(plant.gates, plant.meter, 0.8, 400)
+    run(plant, controller, steps)
+    for gate in plant.gates.values():
+        gate.update_(torch.arange(gate.mask.numel()).view(gate.grid) % 2 == 0)
+    run(plant, controller, 1)
+    assert any(gate.probed().any() for gate in plant.gates.values()) == probes
+
+
 def test_driven_by_a_hook_a_step_of_the_user_is_not_counted_twice():
     plant = Plant(SHAPES, seed=fresh_seed())
     controller = Controller(plant.gates, plant.meter, 0.4, 100, driven=True)
