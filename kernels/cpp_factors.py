@@ -1,7 +1,8 @@
 """The C++ of one multiply-add: in float32, or of pairs of bfloat16 where the CPU adds up the products of a pair.
 
 Kernels pack what they multiply as `packed_t`, and take DEPTH entries along a sum at a time: a row has them side by
-side, and so has each column. `multiply_add` takes those of a row and those of a vector's columns; `load_columns` puts
+side, and so has each column. `broadcast` has those of a row in every lane, for `multiply_add` with those of a vector's
+columns; `load_columns` puts
 the columns of DEPTH rows side by side that are not packed so.
 """
 
@@ -46,8 +47,10 @@ template <class V> using factors = typename V::f;
 
 template <class V> INLINE factors<V> load_factors(const packed_t* p) { return load<V>(p); }
 
-template <class V> INLINE typename V::f multiply_add(typename V::f sum, const packed_t* row, factors<V> columns) {
-  return sum + *row * columns;
+template <class V> INLINE factors<V> broadcast(const packed_t* row) { return *row - factors<V>{}; }
+
+template <class V> INLINE typename V::f multiply_add(typename V::f sum, factors<V> row, factors<V> columns) {
+  return sum + row * columns;
 }
 
 template <class V, int VECTORS>
@@ -67,17 +70,21 @@ template <class V> INLINE factors<V> load_factors(const packed_t* p) {
   return pairs;
 }
 
-template <class V> INLINE typename V::f multiply_add(typename V::f sum, const packed_t* row, factors<V> columns) {
+template <class V> INLINE factors<V> broadcast(const packed_t* row) {
   uint32_t pair;
   std::memcpy(&pair, row, sizeof pair);
+  return pair - factors<V>{};
+}
+
+template <class V> INLINE typename V::f multiply_add(typename V::f sum, factors<V> row, factors<V> columns) {
 #if defined(__AVX512BF16__)
   if constexpr (V::lanes == 16)
-    return (typename V::f)_mm512_dpbf16_ps((__m512)sum, (__m512bh)columns, (__m512bh)_mm512_set1_epi32(pair));
+    return (typename V::f)_mm512_dpbf16_ps((__m512)sum, (__m512bh)columns, (__m512bh)row);
   else
-    return (typename V::f)_mm256_dpbf16_ps((__m256)sum, (__m256bh)columns, (__m256bh)_mm256_set1_epi32(pair));
+    return (typename V::f)_mm256_dpbf16_ps((__m256)sum, (__m256bh)columns, (__m256bh)row);
 #else
-  const float first = to_float(row[0]), second = to_float(row[1]);
-  return sum + first * (typename V::f)(columns << 16) + second * (typename V::f)(columns & 0xffff0000u);
+  return sum + (typename V::f)(row << 16) * (typename V::f)(columns << 16) +
+         (typename V::f)(row & 0xffff0000u) * (typename V::f)(columns & 0xffff0000u);
 #endif
 }
 $INTERLEAVE

@@ -15,6 +15,7 @@ of the others, so that neither few rows nor unequal lists leave one idle.
 import torch
 
 from . import cpp_factors, cpp_vectors, cpp_window
+from .cpp_rows_lines import LINES, SEGMENT, segments
 from .cpp_rows_packing import PACKING
 from .isa import Isa, panels
 from .reference import BACKWARD, DIFFERENTIATED
@@ -34,7 +35,7 @@ def source(
         last += cpp_vectors.slope(activation.removesuffix(BACKWARD))
     strips = panels(outputs, isa)
     calls = "\n".join(
-        f"        strip<v{s.lanes}, {s.vectors}, {s.rows}>(c, list, phase, {s.first}, inputs_at, tile, total);"
+        f"        strip<v{s.lanes}, {s.vectors}, {s.rows}, {segments(s, isa)}>(c, list, phase, {s.first}, inputs_at, tile, total);"
         for s in strips
     )
     packs = "\n".join(f"    pack_strip<{s.width}>(c, list, phase, {s.first}, room);" for s in strips)
@@ -51,7 +52,7 @@ constexpr int OUT = {outputs}, IN = {inputs}, GRAIN = {strips[0].rows};
 constexpr bool KEEPS_Z = {_cpp(activation in DIFFERENTIATED)}, TAKES_Z = {_cpp(activation.endswith(BACKWARD))};
 """
         + PACKING.replace("$PACKS", packs)
-        + _BODY.replace("$CALLS", calls)
+        + _BODY.replace("$CALLS", calls).replace("$LINES", LINES.replace("$SEGMENT", str(SEGMENT)))
     )
 
 
@@ -105,6 +106,14 @@ INLINE void finish(const Call& c, const int64_t* to, int64_t column, int64_t wid
     }
 }
 
+// Asks the cache for what `finish` will store or take of a row.
+template <int WIDTH> INLINE void ask_for_outputs(const Call& c, int64_t at) {
+  UNROLL for (int v = 0; v < WIDTH; v += 64 / sizeof(x_t)) {
+    __builtin_prefetch(c.y + at + v, 1);
+    if (KEEPS_Z || TAKES_Z) __builtin_prefetch(c.z + at + v, KEEPS_Z);
+  }
+}
+
 template <class V, int VECTORS, int ROWS>
 __attribute__((noinline)) void kernel(const Call& c, const List& list, const Phase& phase, int strip,
                                       const packed_t* x, const Rows& rows, const int64_t* tap_at, int64_t row,
@@ -132,16 +141,14 @@ __attribute__((noinline)) void kernel(const Call& c, const List& list, const Pha
     // What is stored at the end is in the cache by then. A few rows at a time: a core waits for few lines at once, and
     // the inputs come the same way.
     for (const int last = std::min(ROWS, fetched + fetch); fetched < last; ++fetched)
-      UNROLL for (int v = 0; v < WIDTH; v += 64 / sizeof(x_t)) {
-        __builtin_prefetch(c.y + to[fetched] + column + v, 1);
-        if (KEEPS_Z || TAKES_Z) __builtin_prefetch(c.z + to[fetched] + column + v, KEEPS_Z);
-      }
+      ask_for_outputs<WIDTH>(c, to[fetched] + column);
     // Twice, not more: instructions whose offsets fit a byte are fetched as fast as they execute.
     UNROLL_TWICE for (int k = 0; k < IN; k += DEPTH, w += DEPTH * WIDTH) {
       factors<V> b[VECTORS];
       UNROLL for (int v = 0; v < VECTORS; ++v) b[v] = load_factors<V>(w + v * DEPTH * V::lanes);
       UNROLL for (int i = 0; i < ROWS; ++i)
-        UNROLL for (int v = 0; v < VECTORS; ++v) acc[i][v] = multiply_add<V>(acc[i][v], pixel[i] + from + k, b[v]);
+        UNROLL for (int v = 0; v < VECTORS; ++v)
+          acc[i][v] = multiply_add<V>(acc[i][v], broadcast<V>(pixel[i] + from + k), b[v]);
     }
     from = next;
   }
@@ -157,16 +164,20 @@ void kernel_of(int64_t count, const Call& c, const List& list, const Phase& phas
     kernel_of<V, VECTORS, ROWS - 1>(count, c, list, phase, strip, x, rows, tap_at, row, total);
 }
 
+$LINES
 // One strip of an output block for the rows of a tile in one phase, in groups of nearly equal size.
-template <class V, int VECTORS, int ROWS>
+template <class V, int VECTORS, int ROWS, int SEGMENTS>
 void strip(const Call& c, const List& list, int64_t f, int at, const packed_t* x, const Tile& tile, float* total) {
   if (at >= list.width) return;
   const Phase& phase = c.g.phase()[f];
   const Rows& rows = tile.phase[f];
+  const int64_t* const tap_at = tile.tap_at + phase.first_tap;
+  if constexpr (SEGMENTS > 0)
+    if (strip_by_lines<V, SEGMENTS>(c, list, phase, at, x, rows, tap_at, total)) return;
   const int64_t groups = (rows.count + ROWS - 1) / ROWS;
   for (int64_t g = 0; g < groups; ++g) {
     const int64_t begin = part(rows.count, groups, g), end = part(rows.count, groups, g + 1);
-    kernel_of<V, VECTORS, ROWS>(end - begin, c, list, phase, at, x, rows, tile.tap_at + phase.first_tap, begin, total);
+    kernel_of<V, VECTORS, ROWS>(end - begin, c, list, phase, at, x, rows, tap_at, begin, total);
   }
 }
 

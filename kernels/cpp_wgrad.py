@@ -21,8 +21,11 @@ from .isa import Isa, panels
 def source(isa: Isa, block: tuple[int, int], x_dtype: torch.dtype, weight_dtype: torch.dtype) -> str:
     """C++ for blocks of `block` (sides along the weight's rows and columns)."""
     strips = panels(block[1], isa)
-    calls = "\n".join(f"  strip<v{s.lanes}, {s.vectors}, {s.first}>(g, x, rows, sums, next);" for s in strips)
+    calls = "\n".join(
+        f"  strip<v{s.lanes}, {s.vectors}, {s.first}>(g, x, tap_at, taps, rows, sums, next);" for s in strips
+    )
     group = min(strip.rows for strip in strips)
+    together = 3 if isa.registers == 32 else 1  # taps of a strip one vector wide
     pack = "pack_in_pairs" if cpp_factors.takes_pairs(isa, x_dtype) else "pack"
     what = f"{block[0]} x {block[1]} blocks (output x input columns), {x_dtype} x {weight_dtype}"
     return (
@@ -34,6 +37,7 @@ typedef {cpp_vectors.SCALARS[str(x_dtype)]} x_t;
 typedef {cpp_vectors.SCALARS[str(weight_dtype)]} w_t;
 constexpr int OUT = {block[0]}, IN = {block[1]};
 constexpr int GROUPS = {-(-block[0] // group)};  // of the block's rows, whose sums stay in registers
+constexpr int TOGETHER = {together}, GROUPS_TOGETHER = {-(-block[0] * together // 24)};  // of so many taps' sums
 """
         + PANELS
         + _BODY.replace("$CALLS", calls).replace("$PACK", pack)
@@ -43,8 +47,9 @@ constexpr int GROUPS = {-(-block[0] // group)};  // of the block's rows, whose s
 _BODY = """
 struct Entry { int32_t row, column, written; };  // a block to compute; written: active, else probed
 
-// Calls f(size, first row) for each group of the block's rows, with the size as a type; they differ by one at most.
-template <class F> INLINE void for_groups(F f) {
+// Calls f(size, first row) for each of so many groups of the block's rows, with the size as a type; sizes differ by one
+// at most.
+template <int GROUPS, class F> INLINE void for_groups(F f) {
   constexpr int SMALL = OUT / GROUPS, LARGER = OUT % GROUPS;
   int at = 0;
   for (int i = 0; i < LARGER; ++i, at += SMALL + 1) f(std::integral_constant<int, SMALL + 1>(), at);
@@ -53,48 +58,68 @@ template <class F> INLINE void for_groups(F f) {
 
 // ---- the inner kernel ----------------------------------------------------------------------------------------------
 
-// sums[ROWS rows of the block][a strip] += g^T x over `rows` rows, each with the pixel that it reads. If ASK, the cache
-// is asked for a line at one of the places for each of them.
-template <class V, int VECTORS, int ROWS, bool ASK>
-__attribute__((noinline)) void kernel(const packed_t* g, const packed_t* x, const int64_t* at, int64_t rows,
-                                      float* sums, const x_t* line, const int64_t* places) {
-  typename V::f acc[ROWS][VECTORS];
+// sums[TAPS taps][ROWS rows of the block][a strip] += g^T x over `rows` rows, each with the pixels that it reads. If
+// ASK, the cache is asked for a line at one of the places for each of them.
+template <class V, int VECTORS, int TAPS, int ROWS, bool ASK>
+__attribute__((noinline)) void kernel(const packed_t* g, const packed_t* x, const int64_t* tap_at, const int64_t* at,
+                                      int64_t rows, float* sums, const x_t* line, const int64_t* places) {
+  typename V::f acc[ROWS][TAPS][VECTORS];
   UNROLL for (int i = 0; i < ROWS; ++i)
-    UNROLL for (int v = 0; v < VECTORS; ++v) acc[i][v] = load<V>(sums + i * IN + v * V::lanes);
-  auto add = [&](const packed_t* g, const packed_t* pixel, const packed_t* next) __attribute__((always_inline)) {
-    factors<V> b[VECTORS];
-    load_columns<V>(pixel, next, b);
-    UNROLL for (int i = 0; i < ROWS; ++i)
-      UNROLL for (int v = 0; v < VECTORS; ++v) acc[i][v] = multiply_add<V>(acc[i][v], g + i * DEPTH, b[v]);
+    UNROLL for (int t = 0; t < TAPS; ++t)
+      UNROLL for (int v = 0; v < VECTORS; ++v)
+        acc[i][t][v] = load<V>(sums + (t * OUT + i) * IN + v * V::lanes);
+  const packed_t* of_tap[TAPS];
+  UNROLL for (int t = 0; t < TAPS; ++t) of_tap[t] = x + tap_at[t];
+  auto add = [&](const packed_t* g, int64_t pixel, auto next) __attribute__((always_inline)) {
+    factors<V> b[TAPS][VECTORS];
+    UNROLL for (int t = 0; t < TAPS; ++t) load_columns<V>(of_tap[t] + pixel, next(t), b[t]);
+    UNROLL for (int i = 0; i < ROWS; ++i) {
+      const factors<V> a = broadcast<V>(g + i * DEPTH);
+      UNROLL for (int t = 0; t < TAPS; ++t)
+        UNROLL for (int v = 0; v < VECTORS; ++v) acc[i][t][v] = multiply_add<V>(acc[i][t][v], a, b[t][v]);
+    }
   };
   // Twice, not more: instructions whose offsets fit a byte are fetched as fast as they execute.
   int64_t m = 0;
   UNROLL_TWICE for (; m + DEPTH <= rows; m += DEPTH, g += DEPTH * OUT) {
     if (ASK) UNROLL for (int d = 0; d < DEPTH; ++d) __builtin_prefetch(line + places[m + d]);
-    add(g, x + at[m], x + at[m + DEPTH - 1]);
+    add(g, at[m], [&](int t) { return of_tap[t] + at[m + DEPTH - 1]; });
   }
   static const packed_t zeros[IN] = {};
-  if (m < rows) add(g, x + at[m], zeros);
+  if (m < rows) add(g, at[m], [&](int) { return zeros; });
   UNROLL for (int i = 0; i < ROWS; ++i)
-    UNROLL for (int v = 0; v < VECTORS; ++v) store<V>(sums + i * IN + v * V::lanes, acc[i][v]);
+    UNROLL for (int t = 0; t < TAPS; ++t)
+      UNROLL for (int v = 0; v < VECTORS; ++v) store<V>(sums + (t * OUT + i) * IN + v * V::lanes, acc[i][t][v]);
 }
 
-// A strip of the block's columns, from column AT on.
-template <class V, int VECTORS, int AT>
-void strip(const packed_t* g, const packed_t* x, const Rows& rows, float* sums, Sources& next) {
-  for_groups([&](auto group, int at) {
+template <class V, int VECTORS, int TAPS, int GROUPS>
+void some_taps(const packed_t* g, const packed_t* x, const int64_t* tap_at, const Rows& rows, float* sums,
+               Sources& next) {
+  for_groups<GROUPS>([&](auto group, int at) {
     constexpr int ROWS = decltype(group)::value;
     const x_t* line = nullptr;
     const int64_t* places = nullptr;
     const bool ask = next.take(rows.count, &line, &places);
-    const auto add = ask ? kernel<V, VECTORS, ROWS, true> : kernel<V, VECTORS, ROWS, false>;
-    add(g + at * DEPTH, x + AT, rows.at, rows.count, sums + at * IN + AT, line, places);
+    const auto add = ask ? kernel<V, VECTORS, TAPS, ROWS, true> : kernel<V, VECTORS, TAPS, ROWS, false>;
+    add(g + at * DEPTH, x, tap_at, rows.at, rows.count, sums + at * IN, line, places);
   });
 }
 
-// Adds the product of a panel of g and the pixels of a panel of x, from that of the first row's tap on, to the block's
-// sums.
-void product(const packed_t* g, const packed_t* x, const Rows& rows, float* sums, Sources& next) {
+// A strip of the block's columns, from column AT on. One tap after another needs a load for each multiply-add where the
+// strip is one vector wide; several at a time share those of g.
+template <class V, int VECTORS, int AT>
+void strip(const packed_t* g, const packed_t* x, const int64_t* tap_at, int64_t taps, const Rows& rows, float* sums,
+           Sources& next) {
+  int64_t t = 0;
+  if constexpr (VECTORS == 1 && TOGETHER > 1)
+    for (; t + TOGETHER <= taps; t += TOGETHER)
+      some_taps<V, 1, TOGETHER, GROUPS_TOGETHER>(g, x + AT, tap_at + t, rows, sums + t * OUT * IN + AT, next);
+  for (; t < taps; ++t) some_taps<V, VECTORS, 1, GROUPS>(g, x + AT, tap_at + t, rows, sums + t * OUT * IN + AT, next);
+}
+
+// Adds the products of a panel of g and the pixels of a panel of x, for so many taps of a block, to its sums.
+void products(const packed_t* g, const packed_t* x, const int64_t* tap_at, int64_t taps, const Rows& rows, float* sums,
+              Sources& next) {
 $CALLS
 }
 
@@ -255,33 +280,33 @@ void work(const Call& c, int64_t task, char* memory) {
   const int64_t first = part(p.tiles.count, p.slices, slice), last = part(p.tiles.count, p.slices, slice + 1);
   const Panels packed_g(p.g_size, p.g_slots(), memory);
   const Panels packed_x(p.x_size, p.x_slots(), memory + Panels::bytes(p.g_size, p.g_slots()));
-  const packed_t *g = nullptr, *x = nullptr;
-  Sources next;
   for (int64_t q = first; q < last; ++q) {
     const Tile& tile = c.tiles[q];
     const Rows& rows = *tile.phase;
-    for (int64_t i = begin; i < end; ++i) {
-      const int64_t tap = i % taps, left = std::min(taps - tap, end - i);  // of the block's products
+    for (int64_t i = begin, count; i < end; i += count) {
+      const int64_t tap = i % taps;
+      count = std::min(taps - tap, end - i);  // of the block's products
       const Entry& e = c.entries[i / taps];
-      if (tap == 0 || i == begin) {
-        const Columns of_g = c.g_of(e), of_x = c.x_of(e);
-        g = packed_g.get(q, of_g.block, [&](packed_t* to) { $PACK<OUT>(of_g, rows.to, rows.count, to); });
-        x = packed_x.get(q, of_x.block, [&](packed_t* to) { pack<IN>(of_x, tile.from, tile.pixels, to); });
-        const bool again = i + left == end;  // the next block is the next tile's first
-        const Entry& then = c.entries[(again ? begin : i + left) / taps];
+      const Columns of_g = c.g_of(e), of_x = c.x_of(e);
+      const packed_t* const g =
+          packed_g.get(q, of_g.block, [&](packed_t* to) { $PACK<OUT>(of_g, rows.to, rows.count, to); });
+      const packed_t* const x =
+          packed_x.get(q, of_x.block, [&](packed_t* to) { pack<IN>(of_x, tile.from, tile.pixels, to); });
+      const bool again = i + count == end;  // the next block is the next tile's first
+      Sources next;
+      if (q + again < last) {
+        const Tile& other = c.tiles[q + again];
+        const Entry& then = c.entries[(again ? begin : i + count) / taps];
         const Columns then_g = c.g_of(then), then_x = c.x_of(then);
-        next = {};
-        if (q + again < last) {
-          const Tile& other = c.tiles[q + again];
-          if (!packed_g.has(q + again, then_g.block)) next.g = {then_g, other.phase->to, other.phase->count};
-          if (!packed_x.has(q + again, then_x.block)) next.x = {then_x, other.from, other.pixels};
-        }
+        if (!packed_g.has(q + again, then_g.block)) next.g = {then_g, other.phase->to, other.phase->count};
+        if (!packed_x.has(q + again, then_x.block)) next.x = {then_x, other.from, other.pixels};
       }
       float* const sums = c.sums + (slice * c.count * taps + i) * OUT * IN;
-      if (q == first) std::memset(sums, 0, BLOCK_BYTES);
-      product(g, x + tile.tap_at[tap], rows, sums, next);
-      float* const signals = c.parts + 2 * i;
-      if (p.slices == 1 && q + 1 == last) finish(e, tap, sums, c.weight, signals, signals + 1);
+      if (q == first) std::memset(sums, 0, count * BLOCK_BYTES);
+      products(g, x, tile.tap_at + tap, count, rows, sums, next);
+      if (p.slices > 1 || q + 1 < last) continue;
+      for (int64_t j = 0; j < count; ++j)
+        finish(e, tap + j, sums + j * OUT * IN, c.weight, c.parts + 2 * (i + j), c.parts + 2 * (i + j) + 1);
     }
   }
 }

@@ -83,6 +83,20 @@ struct Geometry {
   int64_t taps, phases;
   const Tap* tap() const { return (const Tap*)(this + 1); }  // phase by phase
   const Phase* phase() const { return (const Phase*)(tap() + taps); }
+
+  // Whether a phase's taps come in lines of `size`, above 1, side by side, all from left to right or all the other way.
+  bool in_lines(const Phase& phase, int64_t size) const {
+    if (phase.taps == 0 || phase.taps % size) return false;
+    const Tap* const taps = tap() + phase.first_tap;
+    const int64_t right = taps[1].at[2] - taps[0].at[2];
+    bool whole = right == 1 || right == -1;
+    for (int64_t j = 0; j < phase.taps; ++j) {
+      const Tap& first = taps[j - j % size];
+      whole &= taps[j].at[0] == first.at[0] && taps[j].at[1] == first.at[1];
+      whole &= taps[j].at[2] == first.at[2] + j % size * right;
+    }
+    return whole;
+  }
 };
 
 // A tile is some whole lines of output pixels, or a part of one line: of `most` rows, or as many as fit, but no fewer
@@ -112,7 +126,7 @@ struct Tiles {
 
 // The rows of one phase of a tile.
 struct Rows {
-  int64_t count;
+  int64_t count, line;  // line: how many are neighbours
   int64_t* to;  // offset in y
   int64_t* at;  // where the packed pixel of the first tap begins
 };
@@ -132,7 +146,7 @@ struct Tile {
   Tile(const Tiles& t, char* memory) : pixels(0), phase((Rows*)memory), from((int64_t*)(phase + t.g.phases)) {
     int64_t* const to = from + t.pixels;
     int64_t* const at = to + t.g.phases * t.rows;
-    for (int64_t f = 0; f < t.g.phases; ++f) phase[f] = {0, to + f * t.rows, at + f * t.rows};
+    for (int64_t f = 0; f < t.g.phases; ++f) phase[f] = {0, 0, to + f * t.rows, at + f * t.rows};
     tap_at = at + t.g.phases * t.rows;
   }
 
@@ -153,6 +167,7 @@ struct Tile {
         Rows& rows = phase[f];
         const int64_t start = in.to + image * g.y_stride[0] + depth * g.y_stride[1];
         const int64_t below = depth < in.out[0] ? std::min(bottom, in.out[1]) : top, past = std::min(right, in.out[2]);
+        rows.line = past - left;
         for (int64_t h = top; h < below; ++h)
           for (int64_t w = left; w < past; ++w, ++rows.count) {
             const int64_t at = pixels + (h - top) * g.step[1] * planes * width + (w - left) * g.step[2];

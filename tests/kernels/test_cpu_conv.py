@@ -1,12 +1,14 @@
 """The CPU kernels compute convolutions as the reference says, as accurately as the framework's do."""
 
+import functools
+
 import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
-from ctrlcompile.kernels import cpu_conv, cpu_product, dense_conv, index_lists, isa
+from ctrlcompile.kernels import cpp_rows, cpp_rows_lines, cpu_conv, cpu_product, dense_conv, index_lists, isa
 from ctrlcompile.kernels.window import Window, channels_last
 
 from .conv_problems import ConvProblem
@@ -43,6 +45,18 @@ SHAPES = {
     ),
     "lines longer than a tile": ((2, 40, 1500), 40, (5,), Window((1,), ((2, 2),), (1,)), (16, 16)),
     "volumes": ((2, 24, 5, 4, 6), 24, (3, 2, 3), Window((1, 2, 1), ((1, 1), (0, 1), (1, 1)), (1, 1, 2)), (16, 16)),
+    # Lines of 4 n rows, in blocks one vector wide, whose taps stand side by side.
+    "lines of three taps": ((3, 40, 7, 16), 40, (5, 3), Window((1, 1), ((2, 2), (1, 1)), (2, 1)), (16, 24)),
+    "lines with a stride": ((2, 40, 9, 16), 72, (3, 3), Window((2, 2), ((1, 1), (1, 1)), (1, 1)), (16, 16)),
+    "lines of two taps": ((2, 33, 5, 12), 24, (3, 2), Window((1, 1), ((1, 1), (1, 0)), (1, 1)), (8, 16)),
+    "lines in groups": ((3, 72, 20), 96, (3,), Window((1,), ((1, 1),), (1,), 3), (16, 8)),
+    "lines of volumes": (
+        (2, 24, 3, 4, 8),
+        40,
+        (2, 1, 6),
+        Window((1, 1, 1), ((1, 0), (0, 0), (3, 2)), (1, 1, 1)),
+        (16, 16),
+    ),
     "a single pixel": ((1, 64, 1, 1), 64, (3, 3), Window((1, 1), ((1, 1), (1, 1)), (1, 1)), (16, 16)),
     "one tap that sees but padding": ((1, 32, 1, 9), 64, (1, 1), Window((3, 1), ((1, 1), (0, 0)), (1, 1)), (16, 16)),
     "one tap that sees padding": ((1, 16, 3), 32, (1,), Window((1,), ((0, 2),), (1,)), (16, 16)),
@@ -112,9 +126,29 @@ def test_every_role_is_as_accurate_as_dense(name, dtypes):
 @pytest.mark.parametrize("target", TARGETS)
 def test_every_instruction_set_computes_the_same(target, monkeypatch):
     monkeypatch.setattr(isa, "current", lambda dtype=torch.float32: TARGETS[target])
-    for name in ("3x3", "stride 2", "volumes", "groups that end in a partial block"):
+    for name in ("3x3", "stride 2", "volumes", "groups that end in a partial block", "lines of three taps"):
         for dtypes in (FLOAT, HALF, AUTOCAST) if name == "3x3" else (HALF,):
             problem_of(name, dtypes=dtypes).check("gelu")
+
+
+@pytest.mark.parametrize(
+    "name", ["1x1 with stride 2", "dilation", "a single pixel", *(n for n in SHAPES if "lines" in n)]
+)
+def test_taps_side_by_side_are_multiplied_together_where_lines_allow_it(name, monkeypatch):
+    problem = problem_of(name, density=1.0)
+    sums = "acc[i][0] = load<V>(list.bias + strip)"
+    assert sums in cpp_rows_lines.LINES
+    spoiled = cpp_rows_lines.LINES.replace(sums, f'{sums} + __builtin_nanf("")')
+    monkeypatch.setattr(cpp_rows, "LINES", spoiled)
+    monkeypatch.setattr(cpu_product, "_rows_library", functools.cache(cpu_product._rows_library.__wrapped__))
+    monkeypatch.setattr(isa, "current", lambda dtype=torch.float32: TARGETS["avx512 shapes"])
+    lists, rest = index_lists.build(problem.mask), (problem.block, problem.window)
+    y, _ = cpu_conv.forward(problem.x, problem.weight, problem.bias, lists, problem.block, "none", problem.window)
+    grad_x = cpu_conv.dgrad(problem.grad_z, problem.weight, lists, *rest, tuple(problem.x.shape[2:]))
+    together = name.startswith("lines") and name != "lines longer than a tile"
+    assert y.isnan().all() if together else y.isfinite().all()
+    phases = grad_x[..., 1::2, 1::2] if name == "lines with a stride" else grad_x  # of others, taps stand alone
+    assert phases.isnan().all() if together else phases.isfinite().all()
 
 
 @pytest.mark.parametrize("threads", [1, 2, 5])
@@ -129,7 +163,10 @@ def test_pixels_are_shared_out_completely(threads, name):
 
 
 @pytest.mark.parametrize(("cached", "threads"), [(0, 2), (150_000, 3), (150_000, 9)])
-@pytest.mark.parametrize("name", ["3x3", "stride 2", "volumes", "groups that end in a partial block"])
+@pytest.mark.parametrize(
+    "name",
+    ["3x3", "stride 2", "volumes", "groups that end in a partial block", "lines of three taps", "lines with a stride"],
+)
 def test_small_tiles_strips_and_ranges_add_up(name, cached, threads, monkeypatch):
     monkeypatch.setattr(cpu_product, "_PANEL_BYTES", 0)
     monkeypatch.setattr(cpu_product, "_second_level_bytes", lambda: cached)
