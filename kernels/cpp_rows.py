@@ -35,7 +35,8 @@ def source(
         last += cpp_vectors.slope(activation.removesuffix(BACKWARD))
     strips = panels(outputs, isa)
     calls = "\n".join(
-        f"        strip<v{s.lanes}, {s.vectors}, {s.rows}, {segments(s, isa)}>(c, list, phase, {s.first}, inputs_at, tile, total);"
+        f"        strip<v{s.lanes}, {s.vectors}, {s.rows}, {segments(s, isa)}>"
+        f"(c, list, phase, {s.first}, inputs_at, tile, total);"
         for s in strips
     )
     packs = "\n".join(f"    pack_strip<{s.width}>(c, list, phase, {s.first}, room);" for s in strips)

@@ -97,8 +97,8 @@ bool by_segments(const Call& c, const List& list, const Phase& phase, int strip,
   constexpr int LEAST = 4;
   if (all < LEAST * groups) return false;
   for (int64_t g = 0; g < groups; ++g) {
-    const int64_t begin = part(all, groups, g), count = part(all, groups, g + 1) - begin;
-    line_kernel_of<V, LINE, STEP, SEGMENTS, LEAST>(count, c, list, phase, strip, x, rows, tap_at, begin * SEGMENT, total);
+    const int64_t begin = part(all, groups, g), count = part(all, groups, g + 1) - begin, row = begin * SEGMENT;
+    line_kernel_of<V, LINE, STEP, SEGMENTS, LEAST>(count, c, list, phase, strip, x, rows, tap_at, row, total);
   }
   return true;
 }

@@ -23,10 +23,9 @@ _MULTIPLY_ADDS = """
 extern "C" void multiply_adds(int64_t rounds, int threads) {
 #pragma omp parallel num_threads(threads)
   {
-    packed_t row[DEPTH] = {};
-    factors<Wide> columns = {};
+    factors<Wide> row = {}, columns = {};
     Wide::f sums[12] = {};
-    asm volatile("" : "+x"(columns), "+m"(row));  // could be anything
+    asm volatile("" : "+x"(row), "+x"(columns));  // could be anything
     for (int64_t i = 0; i < rounds; ++i) {
       UNROLL for (int j = 0; j < 12; ++j) sums[j] = multiply_add<Wide>(sums[j], row, columns);
       UNROLL for (int j = 0; j < 12; ++j) asm volatile("" : "+x"(sums[j]));

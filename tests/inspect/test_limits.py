@@ -19,6 +19,16 @@ def test_a_copy_moves_the_bytes_that_it_counts(one_thread):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_peak_is_that_of_multiply_adds_in_registers(one_thread, dtype):
+    load = limits.peak(CPU, dtype)
+    multiply_adds, terms = limits._multiply_adds(dtype)
+    assert load.run.func is multiply_adds
+    assert terms in (4, 8, 16, 32)
+    assert load.amount == 2 * 12 * terms * load.run.args[0]
+    load.run()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_without_a_compiler_the_peak_is_a_dense_product(one_thread, monkeypatch, tmp_path, dtype):
     monkeypatch.setenv("CXX", "no-such-compiler")
     monkeypatch.setenv("CTRLCOMPILE_CACHE_DIR", str(tmp_path))
