@@ -406,9 +406,10 @@ extern "C" void run(const Geometry* geometry, const x_t* g, const x_t* x, const 
 #pragma omp for schedule(dynamic, 1)
     for (int64_t i = 0; i < p.ranges * p.slices; ++i)
       work(c, i, scratch + memory.panels + omp_get_thread_num() * memory.own);
-    if (p.slices > 1) {
-#pragma omp for schedule(dynamic, 1)
-      for (int64_t i = 0; i < count * taps; ++i) join(c, i);
+    if (p.slices > 1) {  // block by block: the taps of one lie side by side in the gradient, in the same lines
+#pragma omp for schedule(static)
+      for (int64_t i = 0; i < count; ++i)
+        for (int64_t t = 0; t < taps; ++t) join(c, i * taps + t);
     }
 #pragma omp for schedule(static)
     for (int64_t i = 0; i < count; ++i) {
