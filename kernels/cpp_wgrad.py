@@ -133,7 +133,7 @@ struct Weight {
 
 // Writes one tap of an active block's gradient; both of its parts of the block's signals come from the sums before they
 // are rounded.
-void finish(const Entry& e, int64_t tap, const float* sums, const Weight& w, float* times_weight, float* squared) {
+void finish_tap(const Entry& e, int64_t tap, const float* sums, const Weight& w, float* parts) {
   const int64_t r = (int64_t)e.row * OUT, c = (int64_t)e.column * IN;
   const int height = std::min<int64_t>(OUT, w.n - r), width = std::min<int64_t>(IN, w.k - c);
   const bool together = w.taps == 1 && w.stride[1] == 1;
@@ -159,8 +159,56 @@ void finish(const Entry& e, int64_t tap, const float* sums, const Weight& w, flo
       }
     }
   }
-  *squared = sum<Narrow>(squares) + square_tail;
-  *times_weight = sum<Narrow>(products) + product_tail;
+  parts[0] = sum<Narrow>(products) + product_tail;
+  parts[1] = sum<Narrow>(squares) + square_tail;
+}
+
+// The same of all taps, where a row's entries lie in one run, tap by tap: squares of taps and columns are transposed.
+void finish_block(const Entry& e, const float* sums, const Weight& w, float* parts) {
+  constexpr int SIDE = Narrow::lanes;
+  const int64_t r = (int64_t)e.row * OUT, c = (int64_t)e.column * IN;
+  const int64_t height = std::min<int64_t>(OUT, w.n - r), width = std::min<int64_t>(IN, w.k - c);
+  Narrow::f products = {}, squares = {};
+  float product_tail = 0, square_tail = 0;
+  for (int64_t i = 0; i < height; ++i, sums += IN) {
+    const w_t* const values = w.values + (r + i) * w.stride[0] + c * w.taps;
+    w_t* const out = w.gradient + ((r + i) * w.k + c) * w.taps;
+    for (int64_t j = 0; j < width; j += SIDE) {
+      const int64_t columns = std::min<int64_t>(SIDE, width - j);
+      int64_t t = 0;
+      for (; columns == SIDE && t + SIDE <= w.taps; t += SIDE) {
+        Narrow::f column[SIDE];
+        load_transposed(sums + t * OUT * IN + j, OUT * IN, column);
+        UNROLL for (int l = 0; l < SIDE; ++l) {
+          const int64_t at = (j + l) * w.taps + t;
+          squares += column[l] * column[l];
+          if (e.written) {
+            products += column[l] * load<Narrow>(values + at);
+            store<Narrow>(out + at, column[l]);
+          }
+        }
+      }
+      for (; t < w.taps; ++t)
+        for (int64_t l = j; l < j + columns; ++l) {
+          const float g = sums[t * OUT * IN + l];
+          square_tail += g * g;
+          if (e.written) {
+            product_tail += g * to_float(values[l * w.taps + t]);
+            round_to(out + l * w.taps + t, g);
+          }
+        }
+    }
+  }
+  std::fill_n(parts, 2 * w.taps, 0);
+  parts[0] = sum<Narrow>(products) + product_tail;
+  parts[1] = sum<Narrow>(squares) + square_tail;
+}
+
+// Of `count` taps, with the block's parts of the signals for each.
+void finish(const Entry& e, int64_t tap, int64_t count, const float* sums, const Weight& w, float* parts) {
+  if (count == w.taps && w.taps >= Narrow::lanes && w.stride[1] == w.taps && w.stride[2] == 1)
+    return finish_block(e, sums, w, parts);
+  for (int64_t t = 0; t < count; ++t) finish_tap(e, tap + t, sums + t * OUT * IN, w, parts + 2 * t);
 }
 
 // Zeroes the blocks of block row r that the list leaves out, and all signals.
@@ -304,23 +352,18 @@ void work(const Call& c, int64_t task, char* memory) {
       float* const sums = c.sums + (slice * c.count * taps + i) * OUT * IN;
       if (q == first) std::memset(sums, 0, count * BLOCK_BYTES);
       products(g, x, tile.tap_at + tap, count, rows, sums, next);
-      if (p.slices > 1 || q + 1 < last) continue;
-      for (int64_t j = 0; j < count; ++j)
-        finish(e, tap + j, sums + j * OUT * IN, c.weight, c.parts + 2 * (i + j), c.parts + 2 * (i + j) + 1);
+      if (p.slices == 1 && q + 1 == last) finish(e, tap, count, sums, c.weight, c.parts + 2 * i);
     }
   }
 }
 
-// Adds up what the slices have for product i, in their order.
+// Adds up what the slices have for block i, in their order.
 void join(const Call& c, int64_t i) {
-  const int64_t taps = c.p.taps;
-  float* const sums = c.sums + i * OUT * IN;
-  for (int64_t s = 1; s < c.p.slices; ++s) {
-    const float* const others = sums + s * c.count * taps * OUT * IN;
-    for (int64_t j = 0; j < OUT * IN; ++j) sums[j] += others[j];
-  }
-  float* const signals = c.parts + 2 * i;
-  finish(c.entries[i / taps], i % taps, sums, c.weight, signals, signals + 1);
+  const int64_t taps = c.p.taps, size = taps * OUT * IN;
+  float* const sums = c.sums + i * size;
+  for (int64_t s = 1; s < c.p.slices; ++s)
+    for (int64_t j = 0; j < size; ++j) sums[j] += sums[s * c.count * size + j];
+  finish(c.entries[i], 0, taps, sums, c.weight, c.parts + 2 * i * taps);
 }
 
 struct Lists { const int32_t *offsets, *indices; };
@@ -408,8 +451,7 @@ extern "C" void run(const Geometry* geometry, const x_t* g, const x_t* x, const 
       work(c, i, scratch + memory.panels + omp_get_thread_num() * memory.own);
     if (p.slices > 1) {  // block by block: the taps of one lie side by side in the gradient, in the same lines
 #pragma omp for schedule(static)
-      for (int64_t i = 0; i < count; ++i)
-        for (int64_t t = 0; t < taps; ++t) join(c, i * taps + t);
+      for (int64_t i = 0; i < count; ++i) join(c, i);
     }
 #pragma omp for schedule(static)
     for (int64_t i = 0; i < count; ++i) {
