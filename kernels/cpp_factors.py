@@ -2,8 +2,7 @@
 
 Kernels pack what they multiply as `packed_t`, and take DEPTH entries along a sum at a time: a row has them side by
 side, and so has each column. `broadcast` has those of a row in every lane, for `multiply_add` with those of a vector's
-columns; `load_columns` puts
-the columns of DEPTH rows side by side that are not packed so.
+columns; `load_columns` puts the columns of DEPTH rows side by side that are not packed so.
 """
 
 import torch
@@ -17,7 +16,7 @@ def takes_pairs(isa: Isa, dtype: torch.dtype) -> bool:
 
 
 def source(isa: Isa, dtype: torch.dtype) -> str:
-    """`packed_t`, DEPTH, `factors`, `load_factors`, `multiply_add` and `load_columns` for inputs of this type."""
+    """`packed_t`, DEPTH, `factors` and what makes and multiplies them, for inputs of this type."""
     if not takes_pairs(isa, dtype):
         return _FLOATS
     return _PAIRS.replace(

@@ -8,11 +8,11 @@ strips do without.
 
 from .isa import Isa, Panel
 
-SEGMENT = 4  # rows: those of most images' lines divide into as many
+SEGMENT = 4  # rows: lines of 4, 8, 16, 28, 32, 56 pixels divide into as many, those of 7 and 14 do not
 
 
 def segments(strip: Panel, isa: Isa) -> int:
-    """Into how many segments the rows of a strip are put, whose sums stay in registers; 0 where one would not gain."""
+    """How many segments at a time at most have their sums in registers; 0 where a strip would not gain."""
     return 6 if isa.registers == 32 and strip.vectors == 1 else 0
 
 
@@ -89,7 +89,7 @@ void line_kernel_of(int64_t count, const Call& c, const List& list, const Phase&
     line_kernel_of<V, LINE, STEP, SEGMENTS - 1, LEAST>(count, c, list, phase, strip, x, rows, tap_at, row, total);
 }
 
-// False where segments are so few that the sums of a group would not keep the multiply-add units busy.
+// In groups of LEAST segments or more, so that sums keep the multiply-add units busy; false where there are none such.
 template <class V, int LINE, int STEP, int SEGMENTS>
 bool by_segments(const Call& c, const List& list, const Phase& phase, int strip, const packed_t* x, const Rows& rows,
                  const int64_t* tap_at, float* total) {
@@ -108,11 +108,14 @@ template <class V, int SEGMENTS>
 bool strip_by_lines(const Call& c, const List& list, const Phase& phase, int strip, const packed_t* x, const Rows& rows,
                     const int64_t* tap_at, float* total) {
   if (rows.line % SEGMENT) return false;
-  const int64_t line = c.g.in_lines(phase, 3) ? 3 : c.g.in_lines(phase, 2) ? 2 : 1, step = c.g.step[2];
-  const auto run = line == 3 && step == 1   ? by_segments<V, 3, 1, SEGMENTS>
-                   : line == 3 && step == 2 ? by_segments<V, 3, 2, SEGMENTS>
-                   : line == 2 && step == 1 ? by_segments<V, 2, 1, SEGMENTS>
-                                            : nullptr;
-  return run && run(c, list, phase, strip, x, rows, tap_at, total);
+  const int64_t line = rows.taps_in_line, step = c.g.step[2];
+  if (line == 3 && step == 1)
+    return by_segments<V, 3, 1, SEGMENTS>(c, list, phase, strip, x, rows, tap_at, total);
+  if (line == 2 && step == 1)
+    return by_segments<V, 2, 1, SEGMENTS>(c, list, phase, strip, x, rows, tap_at, total);
+  if constexpr (!TAKES_Z)  // an input gradient goes pixel by pixel
+    if (line == 3 && step == 2)
+      return by_segments<V, 3, 2, SEGMENTS>(c, list, phase, strip, x, rows, tap_at, total);
+  return false;
 }
 """

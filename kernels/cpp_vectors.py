@@ -69,7 +69,7 @@ _PRIMITIVES = """\
 #define UNROLL_TWICE _Pragma("unroll 2")
 #define SHUFFLE(type, a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
 #else
-#define UNROLL _Pragma("GCC unroll 16")
+#define UNROLL _Pragma("GCC unroll 32")
 #define UNROLL_TWICE _Pragma("GCC unroll 2")
 #define SHUFFLE(type, a, b, ...) __builtin_shuffle(a, b, type{__VA_ARGS__})
 #endif

@@ -136,14 +136,14 @@ struct Weight {
 void finish_tap(const Entry& e, int64_t tap, const float* sums, const Weight& w, float* parts) {
   const int64_t r = (int64_t)e.row * OUT, c = (int64_t)e.column * IN;
   const int height = std::min<int64_t>(OUT, w.n - r), width = std::min<int64_t>(IN, w.k - c);
-  const bool together = w.taps == 1 && w.stride[1] == 1;
+  const bool contiguous = w.taps == 1 && w.stride[1] == 1;
   Narrow::f products = {}, squares = {};
   float product_tail = 0, square_tail = 0;
   for (int i = 0; i < height; ++i, sums += IN) {
     const w_t* values = w.values + (r + i) * w.stride[0] + c * w.stride[1] + tap * w.stride[2];
     w_t* out = w.gradient + ((r + i) * w.k + c) * w.taps + tap;
     int j = 0;
-    for (; together && j + Narrow::lanes <= width; j += Narrow::lanes) {
+    for (; contiguous && j + Narrow::lanes <= width; j += Narrow::lanes) {
       const Narrow::f g = load<Narrow>(sums + j);
       squares += g * g;
       if (e.written) {
@@ -163,7 +163,7 @@ void finish_tap(const Entry& e, int64_t tap, const float* sums, const Weight& w,
   parts[1] = sum<Narrow>(squares) + square_tail;
 }
 
-// The same of all taps, where a row's entries lie in one run, tap by tap: squares of taps and columns are transposed.
+// The same of all taps, where those of a column lie side by side: squares of taps and columns are transposed.
 void finish_block(const Entry& e, const float* sums, const Weight& w, float* parts) {
   constexpr int SIDE = Narrow::lanes;
   const int64_t r = (int64_t)e.row * OUT, c = (int64_t)e.column * IN;
@@ -264,7 +264,7 @@ struct Plan {
         for (int64_t s = 1, more = 1; more; s = more) {
           more = s < most ? std::min(2 * s, most) : 0;
           const int64_t r = std::max<int64_t>(1, std::min(threads / s, entries * taps));
-          const double taken = time(rows, side, r, s);
+          const double taken = time(rows, side, r, s, threads);
           if (least >= 0 && taken >= least) continue;
           least = taken;
           by_rows = rows, kept = side, ranges = r, slices = s;
@@ -274,13 +274,13 @@ struct Plan {
   }
 
   // Of the thread that has most to do, in packed bytes.
-  double time(bool rows, int64_t side, int64_t r, int64_t s) const {
+  double time(bool rows, int64_t side, int64_t r, int64_t s, int64_t threads) const {
     const int64_t passing = rows ? height : width, across = rows ? width : height, strips = (across + side - 1) / side;
     const int64_t pass = std::min(passing * strips, entries);
     const int64_t keep = std::min(across * std::max(groups, r / strips), entries);
     const double packed = pass * bytes(rows ? g_size : x_size) + keep * bytes(rows ? x_size : g_size);
     const double multiplied = (entries * taps + r - 1) / r * (OUT * IN * tiles.rows / PACE);
-    const double joined = s > 1 ? 2.0 * entries * taps * BLOCK_BYTES / r : 0;
+    const double joined = s > 1 ? (s + 1.0) * entries * taps * BLOCK_BYTES / std::min(threads, entries) : 0;
     return (tiles.count + s - 1) / s * (multiplied + packed / r) + joined;
   }
 

@@ -84,7 +84,9 @@ struct Geometry {
   const Tap* tap() const { return (const Tap*)(this + 1); }  // phase by phase
   const Phase* phase() const { return (const Phase*)(tap() + taps); }
 
-  // Whether a phase's taps come in lines of `size`, above 1, side by side, all from left to right or all the other way.
+  // How many taps of a phase stand side by side throughout, from left to right or the other way: 3, 2 or 1.
+  int64_t taps_in_line(const Phase& phase) const { return in_lines(phase, 3) ? 3 : in_lines(phase, 2) ? 2 : 1; }
+
   bool in_lines(const Phase& phase, int64_t size) const {
     if (phase.taps == 0 || phase.taps % size) return false;
     const Tap* const taps = tap() + phase.first_tap;
@@ -126,7 +128,8 @@ struct Tiles {
 
 // The rows of one phase of a tile.
 struct Rows {
-  int64_t count, line;  // line: how many are neighbours
+  int64_t taps_in_line;
+  int64_t count, line;  // they come in runs of `line` neighbours
   int64_t* to;  // offset in y
   int64_t* at;  // where the packed pixel of the first tap begins
 };
@@ -146,7 +149,8 @@ struct Tile {
   Tile(const Tiles& t, char* memory) : pixels(0), phase((Rows*)memory), from((int64_t*)(phase + t.g.phases)) {
     int64_t* const to = from + t.pixels;
     int64_t* const at = to + t.g.phases * t.rows;
-    for (int64_t f = 0; f < t.g.phases; ++f) phase[f] = {0, 0, to + f * t.rows, at + f * t.rows};
+    for (int64_t f = 0; f < t.g.phases; ++f)
+      phase[f] = {t.g.taps_in_line(t.g.phase()[f]), 0, 0, to + f * t.rows, at + f * t.rows};
     tap_at = at + t.g.phases * t.rows;
   }
 

@@ -2,8 +2,8 @@
 
 Kernels are generated and compiled for a block shape, types, activation and instruction set, and kept for the process;
 the mask, the shapes, the window and the number of threads (`torch.get_num_threads()`) are data. The first call with a
-specialisation takes about a second, or a millisecond when it is in the cache on disk. All are safe to call from several
-threads.
+specialisation takes one or two seconds, or a millisecond when it is in the cache on disk. All are safe to call from
+several threads.
 
 Every function that builds may raise `KernelBuildError`, of which `build` tells more.
 """

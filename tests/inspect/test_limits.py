@@ -19,7 +19,7 @@ def test_a_copy_moves_the_bytes_that_it_counts(one_thread):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_peak_is_that_of_multiply_adds_in_registers(one_thread, dtype):
+def test_with_a_compiler_the_peak_is_that_of_multiply_adds(one_thread, dtype):
     load = limits.peak(CPU, dtype)
     multiply_adds, terms = limits._multiply_adds(dtype)
     assert load.run.func is multiply_adds

@@ -21,10 +21,10 @@ def assembly(source: str, target: isa.Isa) -> str:
     return result.stdout
 
 
-def inner_loops(text: str) -> list[list[str]]:
-    """Of each instance of the inner kernel, the loop with the most multiply-adds: the one that runs longest."""
+def inner_loops(text: str, kernel: str = "6kernel") -> list[list[str]]:
+    """Of each instance of an inner kernel, the loop with the most multiply-adds: the one that runs longest."""
     loops = []
-    for function in re.findall(r"^\w*(?:6|11line_)kernelI[\w.]+:$(.*?)\.cfi_endproc", text, re.MULTILINE | re.DOTALL):
+    for function in re.findall(rf"^\w*{kernel}I[\w.]+:$(.*?)\.cfi_endproc", text, re.MULTILINE | re.DOTALL):
         pieces = re.split(r"^\.L\w+:$", function, flags=re.MULTILINE)
         bodies = [re.split(r"^\tj\w+\t.*$", piece, maxsplit=1, flags=re.MULTILINE)[0] for piece in pieces]
         body = max(bodies, key=lambda body: sum(map(body.count, MULTIPLY_ADDS)))
@@ -35,7 +35,7 @@ def inner_loops(text: str) -> list[list[str]]:
 @pytest.mark.parametrize("target", [isa.AVX512_BF16, isa.AVX512, isa.AVX2], ids=lambda target: target.name)
 @pytest.mark.parametrize("block", BLOCKS)
 @pytest.mark.parametrize("role", ["forward", "wgrad"])
-def test_the_inner_loop_is_multiply_adds_and_loads_with_its_sums_in_registers(target, block, role):
+def test_the_inner_loop_is_multiply_adds_loads_and_nothing_on_the_stack(target, block, role):
     types = (torch.bfloat16, torch.bfloat16) if target.pairs else (torch.float32, torch.float32)
     if role == "forward":
         text = assembly(cpp_rows.source(target, *block, *types, "none"), target)
@@ -49,14 +49,32 @@ def test_the_inner_loop_is_multiply_adds_and_loads_with_its_sums_in_registers(ta
     for loop in loops:
         adds = [line for line in loop if line.startswith(MULTIPLY_ADDS[0 if not target.pairs else 1])]
         assert all(register in line for line in adds)
-        on_stack = [line for line in loop if "rsp" in line or "rbp" in line]
-        assert not [line for line in on_stack if "mm" in line]
-        assert len(on_stack) <= len(adds) / 12  # an address here and there, where taps are multiplied together
+        assert not [line for line in loop if "rsp" in line or "rbp" in line]
         # A strip's sums, once for each step that the compiler unrolls, and little beside them.
-        sums = [strip.rows * strip.vectors for strip in strips] + [6 * cpp_rows_lines.SEGMENT * taps for taps in (2, 3)]
-        whole += any(len(adds) == steps * count for count in sums for steps in (1, 2))
+        whole += any(len(adds) == steps * strip.rows * strip.vectors for strip in strips for steps in (1, 2))
         assert len(loop) < 2.2 * len(adds) + (8 if len(adds) > 20 else 24)  # of pairs, that are put side by side
     assert whole or role == "wgrad"  # the weight gradient's groups of rows divide the block
+
+
+@pytest.mark.parametrize("target", [isa.AVX512_BF16, isa.AVX512, isa.AVX2], ids=lambda target: target.name)
+@pytest.mark.parametrize("block", [(16, 16), (32, 32), (24, 64)])
+def test_where_taps_share_loads_sums_stay_in_registers_from_tap_to_tap(target, block):
+    types = (torch.bfloat16, torch.bfloat16) if target.pairs else (torch.float32, torch.float32)
+    text = assembly(cpp_rows.source(target, *block, *types, "none"), target)
+    strips = sum(cpp_rows_lines.segments(strip, target) > 0 for strip in isa.panels(block[0], target))
+    loops = inner_loops(text, "11line_kernel")
+    sums = [count * cpp_rows_lines.SEGMENT for count in (4, 5, 6)]
+    expected = sorted(taps * count for taps in (2, 3, 3) for count in sums) * strips
+    found = [sum(line.startswith(MULTIPLY_ADDS) for line in loop) for loop in loops]
+    assert sorted(found) == sorted(expected)
+    for loop, adds in zip(loops, found, strict=True):
+        on_stack = [line for line in loop if "rsp" in line or "rbp" in line]
+        assert not [line for line in on_stack if "mm" in line]
+        assert len(on_stack) <= adds / 8  # an address here and there
+    for function in re.findall(r"^\w*11line_kernelI[\w.]+:$(.*?)\.cfi_endproc", text, re.MULTILINE | re.DOTALL):
+        pieces = re.split(r"^\.L\w+:$", function, flags=re.MULTILINE)
+        spilled = [re.search(r"[yz]mm.*\(%r[sb]p|\(%r[sb]p.*[yz]mm", piece) is not None for piece in pieces]
+        assert target.pairs or sum(spilled) <= 1  # where a row's last columns are stored, fewer than a vector has
 
 
 @pytest.mark.parametrize("target", isa.ALL.values(), ids=lambda target: target.name)
