@@ -4,10 +4,10 @@
     python benchmarks/agreement.py --json FILE
 
 Two linears (768 -> 3072 -> 768, relu) on 512 rows under random masks. In turn, several times over: `cc.profile`; each
-kernel, each dense product and the whole step called alone by `torch.utils.benchmark`; training steps under
-`torch.profiler`, which names our operators' calls. Prints the median of each and what `profile` says over what others
-measure; for the dense products, which are the same calls, that is the machine's noise. Then how far the FLOPs of
-`explain` are from those that PyTorch's own counter and the masks give.
+operator of ours, its kernel without what PyTorch does around an operator, each dense product and the whole step called
+alone by `torch.utils.benchmark`; training steps under `torch.profiler`, which names our operators' calls. Prints the
+median of each and what `profile` says over what others measure; for the dense products, which are the same calls, that
+is the machine's noise. Then how far the FLOPs of `explain` are from those of PyTorch's own counter and of the masks.
 """
 
 from __future__ import annotations
@@ -55,17 +55,23 @@ class Subject:
         torch.autograd.grad(y, [self.x, *self.model.parameters()], torch.ones_like(y))
 
     def products(self) -> dict[tuple[Key, str], Callable[[], object]]:
-        """Each product of the step, by our kernel and by the framework, on tensors of its shapes."""
+        """Each product of the step on tensors of its shapes, by our operator, its kernel, and the framework."""
         calls: dict[tuple[Key, str], Callable[[], object]] = {}
         for (name, gate), activation in zip(self.gates.items(), ("relu", "none"), strict=True):
             weight, bias = gate.weight.detach(), torch.randn(gate.shape[0])
             x, grad = torch.randn(ROWS, gate.shape[1]), torch.randn(ROWS, gate.shape[0])
             ours = gate.lists, gate.block
-            calls[(name, "forward"), "gated"] = partial(cpu_linear.forward, x, weight, bias, *ours, activation)
-            calls[(name, "dgrad"), "gated"] = partial(cpu_linear.dgrad, grad, weight, *ours)
-            calls[(name, "wgrad"), "gated"] = partial(
+            calls[(name, "forward"), "kernel"] = partial(cpu_linear.forward, x, weight, bias, *ours, activation)
+            calls[(name, "dgrad"), "kernel"] = partial(cpu_linear.dgrad, grad, weight, *ours)
+            calls[(name, "wgrad"), "kernel"] = partial(
                 cpu_linear.wgrad, grad, x, weight, gate.lists, gate.probes, gate.block
             )
+            ops, lists, probes = torch.ops.ctrlprune, list(gate.lists), gate.probes
+            calls[(name, "forward"), "gated"] = partial(
+                ops.linear, x, weight, bias, gate.signals.detach(), lists, probes, *gate.block, activation
+            )
+            calls[(name, "dgrad"), "gated"] = partial(ops.linear_dgrad, grad, weight, lists, *gate.block)
+            calls[(name, "wgrad"), "gated"] = partial(ops.linear_wgrad, grad, x, weight, lists, probes, *gate.block)
             calls[(name, "forward"), "dense"] = partial(F.linear, x, weight, bias)
             calls[(name, "dgrad"), "dense"] = partial(torch.mm, grad, weight)
             calls[(name, "wgrad"), "dense"] = partial(torch.mm, grad.t(), x)
@@ -130,25 +136,31 @@ def main() -> None:
 
     rows: list[dict[str, Any]] = []
     for (key, way), values in said.items():
-        found = {"profile": values, "alone": alone[key, way], "in_step": within[key] if way == "gated" else []}
+        found = {"profile": values, "alone": alone[key, way]}
+        if way == "gated":
+            found |= {"kernel": alone[key, "kernel"], "in_step": within[key]}
         row: dict[str, Any] = {"name": key[0], "role": key[1], "way": way}
         for what, taken in found.items():
             if taken:
                 row |= {f"{what}_ms": statistics.median(taken), f"{what}_least_ms": min(taken)}
         row |= {
-            f"of_{what}": row["profile_ms"] / row[f"{what}_ms"] for what in ("alone", "in_step") if f"{what}_ms" in row
+            f"of_{what}": row["profile_ms"] / row[f"{what}_ms"]
+            for what in ("alone", "kernel", "in_step")
+            if f"{what}_ms" in row
         }
         rows.append(row)
     dense_apart, gated_apart = flops_apart(subject)
 
-    table = Table("layer", "role", "", "profile ms", "alone ms", "ratio", "torch.profiler ms", "ratio")
+    table = Table("layer", "role", "", "profile ms", "alone ms", "ratio", "kernel ms", "ratio", "in steps ms", "ratio")
     for row in rows:
         others = [
-            f"{row[name]:.3f}" if name in row else "" for name in ("alone_ms", "of_alone", "in_step_ms", "of_in_step")
+            f"{row[name]:.3f}" if name in row else ""
+            for name in ("alone_ms", "of_alone", "kernel_ms", "of_kernel", "in_step_ms", "of_in_step")
         ]
         table.add_row(row["name"], row["role"], row["way"], f"{row['profile_ms']:.3f}", *others)
     Console(width=120).print(table)
-    apart = {what: [abs(row[what] - 1) for row in rows if what in row] for what in ("of_alone", "of_in_step")}
+    measures = ("of_alone", "of_kernel", "of_in_step")
+    apart = {what: [abs(row[what] - 1) for row in rows if what in row] for what in measures}
     for what, values in apart.items():
         print(f"{what}: median {statistics.median(values):.1%}, at most {max(values):.1%} apart")
     print(f"FLOPs of explain: dense {dense_apart:+.2%}, gated {gated_apart:+.2%} apart")
