@@ -46,11 +46,11 @@ SHAPES = {
     "lines longer than a tile": ((2, 40, 1500), 40, (5,), Window((1,), ((2, 2),), (1,)), (16, 16)),
     "volumes": ((2, 24, 5, 4, 6), 24, (3, 2, 3), Window((1, 2, 1), ((1, 1), (0, 1), (1, 1)), (1, 1, 2)), (16, 16)),
     # Lines of 4 n rows, in blocks one vector wide, whose taps stand side by side.
-    "lines of three taps": ((3, 40, 7, 16), 40, (5, 3), Window((1, 1), ((2, 2), (1, 1)), (2, 1)), (16, 24)),
+    "lines of three taps": ((3, 40, 7, 16), 40, (5, 3), Window((1, 1), ((2, 2), (1, 1)), (2, 1)), (16, 16)),
     "lines with a stride": ((2, 40, 9, 16), 72, (3, 3), Window((2, 2), ((1, 1), (1, 1)), (1, 1)), (16, 16)),
     "lines of two taps": ((2, 33, 5, 12), 24, (3, 2), Window((1, 1), ((1, 1), (1, 0)), (1, 1)), (8, 16)),
     "lines in parts": ((2, 40, 1512), 40, (3,), Window((1,), ((1, 1),), (1,)), (16, 16)),
-    "lines in groups": ((3, 72, 20), 96, (3,), Window((1,), ((1, 1),), (1,), 3), (16, 8)),
+    "lines in groups": ((3, 72, 20), 96, (3,), Window((1,), ((1, 1),), (1,), 3), (16, 16)),
     "lines of volumes": (
         (2, 24, 3, 4, 8),
         40,
@@ -127,13 +127,8 @@ def test_every_role_is_as_accurate_as_dense(name, dtypes):
 @pytest.mark.parametrize("target", TARGETS)
 def test_every_instruction_set_computes_the_same(target, monkeypatch):
     monkeypatch.setattr(isa, "current", lambda dtype=torch.float32: TARGETS[target])
-    for name in (
-        "3x3",
-        "stride 2",
-        "volumes",
-        "groups that end in a partial block",
-        *(n for n in SHAPES if "lines" in n),
-    ):
+    lines = [name for name in SHAPES if "lines" in name and SHAPES[name][-1] == (16, 16)]
+    for name in ("3x3", "stride 2", "volumes", "groups that end in a partial block", *lines):
         for dtypes in (FLOAT, HALF, AUTOCAST) if name == "3x3" else (HALF,):
             problem_of(name, dtypes=dtypes).check("gelu")
 
