@@ -328,4 +328,9 @@ def test_what_explain_counts_is_what_pytorch_counts(scripts, monkeypatch):
     seen = script.in_steps(subject)
     assert set(seen) == {(name, role) for name in subject.gates for role in ("forward", "dgrad", "wgrad")}
     assert all(len(taken) == 1 for taken in seen.values())
-    assert set(subject.products()) == {(key, way) for key in seen for way in ("gated", "dense")}
+    products = subject.products()
+    assert set(products) == {(key, way) for key in seen for way in ("gated", "kernel", "dense")}
+    for key in seen:
+        by_operator, by_kernel = products[key, "gated"](), products[key, "kernel"]()
+        first, other = (y if isinstance(y, torch.Tensor) else y[0] for y in (by_operator, by_kernel))
+        torch.testing.assert_close(first, other, msg=f"{key} is timed of two different products")
