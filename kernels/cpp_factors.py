@@ -2,7 +2,7 @@
 
 Kernels pack what they multiply as `packed_t`, and take DEPTH entries along a sum at a time: a row has them side by
 side, and so has each column. `broadcast` has those of a row in every lane, for `multiply_add` with those of a vector's
-columns; `load_columns` puts the columns of DEPTH rows side by side that are not packed so.
+columns; `load_columns` puts the columns of DEPTH rows side by side that are not packed so. `lay` packs DEPTH rows.
 """
 
 import torch
@@ -56,6 +56,10 @@ template <class V, int VECTORS>
 INLINE void load_columns(const packed_t* row, const packed_t*, factors<V> (&b)[VECTORS]) {
   UNROLL for (int v = 0; v < VECTORS; ++v) b[v] = load_factors<V>(row + v * V::lanes);
 }
+
+template <bool, class T> INLINE void lay(const T* row, const T*, int64_t size, packed_t* to, int64_t) {
+  copy(row, size, to);
+}
 """
 
 _PAIRS = """
@@ -93,5 +97,26 @@ INLINE void load_columns(const packed_t* row, const packed_t* next, factors<V> (
   constexpr int LAST = VECTORS - 1;
   UNROLL for (int v = 0; v < LAST; v += 2) interleave(row + v * V::lanes, next + v * V::lanes, b[v], b[v + 1]);
   if (VECTORS % 2) b[LAST] = in_pairs<V>(row + LAST * V::lanes, next + LAST * V::lanes);
+}
+
+// `size` columns of each: side by side, or `stride` apart.
+template <bool SIDE_BY_SIDE>
+INLINE void lay(const bf16* row, const bf16* next, int64_t size, packed_t* to, int64_t stride) {
+  if (SIDE_BY_SIDE) {
+    int64_t c = 0;
+    for (; c + 2 * Wide::lanes <= size; c += 2 * Wide::lanes) {
+      Wide::u first, second;
+      interleave(row + c, next + c, first, second);
+      std::memcpy(to + 2 * c, &first, sizeof first);
+      std::memcpy(to + 2 * (c + Wide::lanes), &second, sizeof second);
+    }
+    for (; c < size; c += Narrow::lanes) {
+      const Narrow::u pairs = in_pairs<Narrow>(row + c, next + c);
+      std::memcpy(to + 2 * c, &pairs, sizeof pairs);
+    }
+  } else {
+    copy(row, size, to);
+    copy(next, size, to + stride);
+  }
 }
 """

@@ -4,11 +4,12 @@ The plan of one call: the products of all listed blocks stand in one line, cut i
 each thread; where blocks are few, the rows are cut into slices, too. A thread takes its rows in tiles (`cpp_window`; a
 linear has one tap, and its pixels are its rows) so small that the two panels of a block, its columns of both inputs,
 fit the first-level cache. Blocks stand row by row or column by column: the panel of a row passes, those of a strip of
-columns are kept in the second-level cache, or the other way round; each is packed when the first block needs it. What
-the next block's panels are packed from lies in as many places as the tile has rows, where the hardware does not look
-ahead: the cache is asked for it while the products before are made. Panels and sums are the thread's own, so that no
+columns are kept in the second-level cache, or the other way round. What the next block's panels are packed from lies in
+as many places as the tile has rows, where the hardware does not look ahead: at each of its steps the inner kernel asks
+the cache for a line of it, and packs one that was asked for before. Panels and sums are the thread's own, so that no
 thread waits for another. Sums are float32 until all rows are in; then they are rounded and written, together with the
-block's two signals. Probed blocks take the same way without being written; all other blocks are written zero.
+block's two signals. Probed blocks take the same way without being written; all other blocks are written zero. A large
+gradient is written past the caches, where that is possible: it is not read before the backward pass is over.
 """
 
 import torch
@@ -27,7 +28,6 @@ def source(isa: Isa, block: tuple[int, int], x_dtype: torch.dtype, weight_dtype:
     )
     group = min(strip.rows for strip in strips)
     together = 3 if isa.registers == 32 else 1  # taps of a strip one vector wide
-    pack = "pack_in_pairs" if cpp_factors.takes_pairs(isa, x_dtype) else "pack"
     what = f"{block[0]} x {block[1]} blocks (output x input columns), {x_dtype} x {weight_dtype}"
     return (
         cpp_vectors.prelude(f"Block-sparse weight gradient: {what}", isa)
@@ -41,7 +41,7 @@ constexpr int GROUPS = {-(-block[0] // group)};  // of the block's rows, whose s
 constexpr int TOGETHER = {together}, GROUPS_TOGETHER = {-(-block[0] * together // 24)};  // of so many taps' sums
 """
         + PANELS
-        + _BODY.replace("$CALLS", calls).replace("$PACK", pack).replace("$RESULTS", RESULTS)
+        + _BODY.replace("$CALLS", calls).replace("$RESULTS", RESULTS)
     )
 
 
@@ -59,11 +59,11 @@ template <int GROUPS, class F> INLINE void for_groups(F f) {
 
 // ---- the inner kernel ----------------------------------------------------------------------------------------------
 
-// sums[TAPS taps][ROWS rows of the block][a strip] += g^T x over `rows` rows, each with the pixels that it reads. If
-// ASK, the cache is asked for a line at one of the places for each of them.
-template <class V, int VECTORS, int TAPS, int ROWS, bool ASK>
+// sums[TAPS taps][ROWS rows of the block][a strip] += g^T x over `rows` rows, each with the pixels that it reads, and
+// WORK of a panel to come.
+template <class V, int VECTORS, int TAPS, int ROWS, Work WORK>
 __attribute__((noinline)) void kernel(const packed_t* g, const packed_t* x, const int64_t* tap_at, const int64_t* at,
-                                      int64_t rows, float* sums, const x_t* line, const int64_t* places) {
+                                      int64_t rows, float* sums, Chunk chunk) {
   typename V::f acc[ROWS][TAPS][VECTORS];
   UNROLL for (int i = 0; i < ROWS; ++i)
     UNROLL for (int t = 0; t < TAPS; ++t)
@@ -83,7 +83,7 @@ __attribute__((noinline)) void kernel(const packed_t* g, const packed_t* x, cons
   // Twice, not more: instructions whose offsets fit a byte are fetched as fast as they execute.
   int64_t m = 0;
   UNROLL_TWICE for (; m + DEPTH <= rows; m += DEPTH, g += DEPTH * OUT) {
-    if (ASK) UNROLL for (int d = 0; d < DEPTH; ++d) __builtin_prefetch(line + places[m + d]);
+    chunk.step<WORK>(m);
     add(g, at[m], [&](int t) { return of_tap[t] + at[m + DEPTH - 1]; });
   }
   static const packed_t zeros[IN] = {};
@@ -95,14 +95,20 @@ __attribute__((noinline)) void kernel(const packed_t* g, const packed_t* x, cons
 
 template <class V, int VECTORS, int TAPS, int GROUPS>
 void some_taps(const packed_t* g, const packed_t* x, const int64_t* tap_at, const Rows& rows, float* sums,
-               Sources& next) {
+               Next& next) {
   for_groups<GROUPS>([&](auto group, int at) {
     constexpr int ROWS = decltype(group)::value;
-    const x_t* line = nullptr;
-    const int64_t* places = nullptr;
-    const bool ask = next.take(rows.count, &line, &places);
-    const auto add = ask ? kernel<V, VECTORS, TAPS, ROWS, true> : kernel<V, VECTORS, TAPS, ROWS, false>;
-    add(g + at * DEPTH, x, tap_at, rows.at, rows.count, sums + at * IN, line, places);
+    Chunk chunk;
+    const auto add = [&](auto work) {
+      kernel<V, VECTORS, TAPS, ROWS, decltype(work)::value>(g + at * DEPTH, x, tap_at, rows.at, rows.count,
+                                                            sums + at * IN, chunk);
+    };
+    switch (next.take(rows.count, chunk)) {
+      case NOTHING: return add(does<NOTHING>());
+      case ASK: return add(does<ASK>());
+      case PACK_G: return add(does<PACK_G>());
+      case PACK_X: return add(does<DEPTH == 1 && OUT == IN ? PACK_G : PACK_X>());
+    }
   });
 }
 
@@ -110,7 +116,7 @@ void some_taps(const packed_t* g, const packed_t* x, const int64_t* tap_at, cons
 // strip is one vector wide; several at a time share those of g.
 template <class V, int VECTORS, int AT>
 void strip(const packed_t* g, const packed_t* x, const int64_t* tap_at, int64_t taps, const Rows& rows, float* sums,
-           Sources& next) {
+           Next& next) {
   int64_t t = 0;
   if constexpr (VECTORS == 1 && TOGETHER > 1)
     for (; t + TOGETHER <= taps; t += TOGETHER)
@@ -120,7 +126,7 @@ void strip(const packed_t* g, const packed_t* x, const int64_t* tap_at, int64_t 
 
 // Adds the products of a panel of g and the pixels of a panel of x, for so many taps of a block, to its sums.
 void products(const packed_t* g, const packed_t* x, const int64_t* tap_at, int64_t taps, const Rows& rows, float* sums,
-              Sources& next) {
+              Next& next) {
 $CALLS
 }
 $RESULTS
@@ -196,6 +202,30 @@ struct Plan {
   static int64_t in_lines(int64_t packed) { return (packed + 31) / 32 * 32; }
 };
 
+// Where in the scratch things lie.
+struct Memory {
+  int64_t bytes = 0;
+  int64_t tiles, tables, entries, parts, sums, own, panels;  // own: bytes of panels of each thread
+
+  Memory(const Plan& p, int threads)
+      : tiles(take(p.tiles.count * (int64_t)sizeof(Tile))),
+        tables(take(p.tiles.count * Tile::bytes(p.tiles))),
+        entries(take(p.entries * (int64_t)sizeof(Entry))),
+        parts(take(p.entries * p.taps * 2 * (int64_t)sizeof(float))),
+        sums(take(p.slices * p.entries * p.taps * BLOCK_BYTES)),
+        own(rounded(bytes_of_g(p) + PanelsOfX::bytes(p.x_size, p.x_slots()))),
+        panels(take(threads * own)) {}
+
+  static int64_t bytes_of_g(const Plan& p) { return PanelsOfG::bytes(p.g_size, p.g_slots()); }
+
+  static int64_t rounded(int64_t size) { return (size + 63) / 64 * 64; }
+
+  int64_t take(int64_t size) {
+    bytes += rounded(size);
+    return bytes - rounded(size);
+  }
+};
+
 // What is the same for all tasks.
 struct Call {
   const Plan& p;
@@ -207,12 +237,17 @@ struct Call {
   const Tile* tiles;
   float* sums;   // [slice][entry][tap][OUT][IN]
   float* parts;  // [entry][tap][2], of the signals
+  bool whole = p.tiles.g.inside();
 
-  Columns g_of(const Entry& e) const { return {g + e.row * OUT, std::min<int64_t>(OUT, n - e.row * OUT), e.row}; }
+  Source g_of(const Entry& e, int64_t tile) const {
+    const Rows& rows = *tiles[tile].phase;
+    return {tile, e.row, g + e.row * OUT, std::min<int64_t>(OUT, n - e.row * OUT), rows.to, rows.count, true};
+  }
 
-  Columns x_of(const Entry& e) const {
-    const int64_t group = e.row / (p.height / p.groups), first = e.column * IN;
-    return {x + group * k + first, std::min<int64_t>(IN, k - first), group * p.width + e.column};
+  Source x_of(const Entry& e, int64_t tile) const {
+    const int64_t group = e.row / (p.height / p.groups), first = e.column * IN, block = group * p.width + e.column;
+    const Tile& of = tiles[tile];
+    return {tile, block, x + group * k + first, std::min<int64_t>(IN, k - first), of.from, of.pixels, whole};
   }
 };
 
@@ -222,8 +257,8 @@ void work(const Call& c, int64_t task, char* memory) {
   const int64_t taps = p.taps, range = task / p.slices, slice = task % p.slices;
   const int64_t begin = part(c.count * taps, p.ranges, range), end = part(c.count * taps, p.ranges, range + 1);
   const int64_t first = part(p.tiles.count, p.slices, slice), last = part(p.tiles.count, p.slices, slice + 1);
-  const Panels packed_g(p.g_size, p.g_slots(), memory);
-  const Panels packed_x(p.x_size, p.x_slots(), memory + Panels::bytes(p.g_size, p.g_slots()));
+  PanelsOfG packed_g(p.g_size, p.g_slots(), memory);
+  PanelsOfX packed_x(p.x_size, p.x_slots(), memory + Memory::bytes_of_g(p));
   for (int64_t q = first; q < last; ++q) {
     const Tile& tile = c.tiles[q];
     const Rows& rows = *tile.phase;
@@ -231,24 +266,21 @@ void work(const Call& c, int64_t task, char* memory) {
       const int64_t tap = i % taps;
       count = std::min(taps - tap, end - i);  // of the block's products
       const Entry& e = c.entries[i / taps];
-      const Columns of_g = c.g_of(e), of_x = c.x_of(e);
-      const packed_t* const g =
-          packed_g.get(q, of_g.block, [&](packed_t* to) { $PACK<OUT>(of_g, rows.to, rows.count, to); });
-      const packed_t* const x =
-          packed_x.get(q, of_x.block, [&](packed_t* to) { pack<IN>(of_x, tile.from, tile.pixels, to); });
+      const packed_t* const g = packed_g.get(c.g_of(e, q));
+      const packed_t* const x = packed_x.get(c.x_of(e, q));
       const bool again = i + count == end;  // the next block is the next tile's first
-      Sources next;
       if (q + again < last) {
-        const Tile& other = c.tiles[q + again];
         const Entry& then = c.entries[(again ? begin : i + count) / taps];
-        const Columns then_g = c.g_of(then), then_x = c.x_of(then);
-        if (!packed_g.has(q + again, then_g.block)) next.g = {then_g, other.phase->to, other.phase->count};
-        if (!packed_x.has(q + again, then_x.block)) next.x = {then_x, other.from, other.pixels};
+        packed_g.expect(c.g_of(then, q + again));
+        packed_x.expect(c.x_of(then, q + again));
       }
+      Next next = {packed_g, packed_x};
       float* const sums = c.sums + (slice * c.count * taps + i) * OUT * IN;
       if (q == first) std::memset(sums, 0, count * BLOCK_BYTES);
+      const bool finished = p.slices == 1 && q + 1 == last;
+      if (finished) expect(e, c.weight);
       products(g, x, tile.tap_at + tap, count, rows, sums, next);
-      if (p.slices == 1 && q + 1 == last) finish(e, tap, count, sums, c.weight, c.parts + 2 * i);
+      if (finished) finish(e, tap, count, sums, c.weight, c.parts + 2 * i);
     }
   }
 }
@@ -286,28 +318,6 @@ int64_t set_entries(const Plan& p, const Lists& rows, const Lists& columns, cons
   return end - entries;
 }
 
-// Where in the scratch things lie.
-struct Memory {
-  int64_t bytes = 0;
-  int64_t tiles, tables, entries, parts, sums, own, panels;  // own: bytes of panels of each thread
-
-  Memory(const Plan& p, int threads)
-      : tiles(take(p.tiles.count * (int64_t)sizeof(Tile))),
-        tables(take(p.tiles.count * Tile::bytes(p.tiles))),
-        entries(take(p.entries * (int64_t)sizeof(Entry))),
-        parts(take(p.entries * p.taps * 2 * (int64_t)sizeof(float))),
-        sums(take(p.slices * p.entries * p.taps * BLOCK_BYTES)),
-        own(rounded(Panels::bytes(p.g_size, p.g_slots()) + Panels::bytes(p.x_size, p.x_slots()))),
-        panels(take(threads * own)) {}
-
-  static int64_t rounded(int64_t size) { return (size + 63) / 64 * 64; }
-
-  int64_t take(int64_t size) {
-    bytes += rounded(size);
-    return bytes - rounded(size);
-  }
-};
-
 }  // namespace
 
 // Bytes of scratch that run() needs.
@@ -331,7 +341,8 @@ extern "C" void run(const Geometry* geometry, const x_t* g, const x_t* x, const 
   Tile* const tiles = (Tile*)(scratch + memory.tiles);
   Entry* const list = (Entry*)(scratch + memory.entries);
   const int64_t count = set_entries(p, {offsets, indices}, {column_offsets, column_indices}, probes, probe_count, list);
-  const Call c = {p, g, x, n, k, {weight, n, k, taps, {w_out, w_in, w_tap}, gradient}, list, count, tiles,
+  const bool large = n * k * taps * (int64_t)sizeof(w_t) > 2 * second_bytes;
+  const Call c = {p, g, x, n, k, {weight, n, k, taps, {w_out, w_in, w_tap}, gradient, large}, list, count, tiles,
                   (float*)(scratch + memory.sums), (float*)(scratch + memory.parts)};
 
 #pragma omp parallel num_threads(threads)
@@ -357,6 +368,7 @@ extern "C" void run(const Geometry* geometry, const x_t* g, const x_t* x, const 
         signals[blocks + at] += c.parts[2 * (i * taps + t) + 1];
       }
     }
+    streamed();
   }
 }
 """

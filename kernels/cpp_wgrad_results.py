@@ -7,6 +7,7 @@ struct Weight {
   const w_t* values;
   int64_t n, k, taps, stride[3];  // along output columns, input columns, taps
   w_t* gradient;  // [n, k, taps]
+  bool large;  // the gradient: whole lines are written past the caches, and `streamed()` ends that
 };
 
 // Writes one tap of an active block's gradient; both of its parts of the block's signals come from the sums before they
@@ -15,6 +16,7 @@ void finish_tap(const Entry& e, int64_t tap, const float* sums, const Weight& w,
   const int64_t r = (int64_t)e.row * OUT, c = (int64_t)e.column * IN;
   const int height = std::min<int64_t>(OUT, w.n - r), width = std::min<int64_t>(IN, w.k - c);
   const bool contiguous = w.taps == 1 && w.stride[1] == 1;
+  w_t row[IN];
   Narrow::f products = {}, squares = {};
   float product_tail = 0, square_tail = 0;
   for (int i = 0; i < height; ++i, sums += IN) {
@@ -26,9 +28,10 @@ void finish_tap(const Entry& e, int64_t tap, const float* sums, const Weight& w,
       squares += g * g;
       if (e.written) {
         products += g * load<Narrow>(values + j);
-        store<Narrow>(out + j, g);
+        store<Narrow>(row + j, g);
       }
     }
+    if (e.written) w.large && j == IN ? stream<sizeof row>(row, out) : (void)std::memcpy(out, row, j * sizeof(w_t));
     for (; j < width; ++j) {
       square_tail += sums[j] * sums[j];
       if (e.written) {
@@ -82,11 +85,30 @@ void finish_block(const Entry& e, const float* sums, const Weight& w, float* par
   parts[1] = sum<Narrow>(squares) + square_tail;
 }
 
+// Asks the cache for what finish() needs of the weight, where a row of a block lies in one piece, and of the gradient.
+void expect(const Entry& e, const Weight& w) {
+  const int64_t r = (int64_t)e.row * OUT, c = (int64_t)e.column * IN, height = std::min<int64_t>(OUT, w.n - r);
+  const int64_t size = std::min<int64_t>(IN, w.k - c) * w.taps;
+  const bool whole = w.stride[1] == w.taps, written = !w.large || w.taps > 1;
+  for (int64_t i = r; i < r + height; ++i)
+    for (int64_t at = c * w.taps; at < c * w.taps + size; at += 64 / sizeof(w_t)) {
+      if (whole) __builtin_prefetch(w.values + i * w.stride[0] + at);
+      if (written) __builtin_prefetch(w.gradient + i * w.k * w.taps + at);
+    }
+}
+
 // Of `count` taps, with the block's parts of the signals for each.
 void finish(const Entry& e, int64_t tap, int64_t count, const float* sums, const Weight& w, float* parts) {
   if (count == w.taps && w.taps >= Narrow::lanes && w.stride[1] == w.taps && w.stride[2] == 1)
     return finish_block(e, sums, w, parts);
   for (int64_t t = 0; t < count; ++t) finish_tap(e, tap + t, sums + t * OUT * IN, w, parts + 2 * t);
+}
+
+void clear(w_t* to, int64_t size, bool large) {
+  static const char zeros[64] = {};
+  const int64_t bytes = size * sizeof(w_t);
+  if (!large || bytes % sizeof zeros) return (void)std::memset(to, 0, bytes);
+  for (int64_t b = 0; b < bytes; b += sizeof zeros) stream<sizeof zeros>(zeros, (char*)to + b);
 }
 
 // Zeroes the blocks of block row r that the list leaves out, and all signals.
@@ -99,10 +121,10 @@ void clear_row(const int32_t* list, int length, int64_t r, int64_t columns, cons
     int64_t done = 0;
     for (int j = 0; j < length; ++j) {
       const int64_t c = (int64_t)list[j] * IN * w.taps;
-      std::memset(row + done, 0, (c - done) * sizeof(w_t));
+      clear(row + done, c - done, w.large);
       done = std::min(c + IN * w.taps, row_size);
     }
-    std::memset(row + done, 0, (row_size - done) * sizeof(w_t));
+    clear(row + done, row_size - done, w.large);
   }
 }
 """

@@ -87,6 +87,13 @@ struct Geometry {
   // How many taps of a phase stand side by side throughout, from left to right or the other way: 3, 2 or 1.
   int64_t taps_in_line(const Phase& phase) const { return in_lines(phase, 3) ? 3 : in_lines(phase, 2) ? 2 : 1; }
 
+  // Whether no row reads beyond the input.
+  bool inside() const {
+    for (int d = 0; d < 3; ++d)
+      if (first[d] < 0 || first[d] + (out[d] - 1) * step[d] + reach[d] >= in[d]) return false;
+    return true;
+  }
+
   bool in_lines(const Phase& phase, int64_t size) const {
     if (phase.taps == 0 || phase.taps % size) return false;
     const Tap* const taps = tap() + phase.first_tap;

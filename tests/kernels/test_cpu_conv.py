@@ -45,6 +45,10 @@ SHAPES = {
     ),
     "lines longer than a tile": ((2, 40, 1500), 40, (5,), Window((1,), ((2, 2),), (1,)), (16, 16)),
     "volumes": ((2, 24, 5, 4, 6), 24, (3, 2, 3), Window((1, 2, 1), ((1, 1), (0, 1), (1, 1)), (1, 1, 2)), (16, 16)),
+    "no padding": ((3, 64, 14, 15), 64, (3, 3), Window((1, 1), ((0, 0), (0, 0)), (1, 1)), (16, 16)),
+    # In tiles of even and odd numbers of rows and pixels, in turn.
+    "no padding, one tap": ((3, 96, 501), 96, (1,), Window((1,), ((0, 0),), (1,)), (32, 32)),
+    "no padding, two taps": ((3, 96, 500), 96, (2,), Window((1,), ((0, 0),), (1,)), (32, 32)),
     # Lines of 4 n rows, in blocks one vector wide, whose taps stand side by side.
     "lines of three taps": ((3, 40, 7, 16), 40, (5, 3), Window((1, 1), ((2, 2), (1, 1)), (2, 1)), (16, 16)),
     "lines with a stride": ((2, 40, 9, 16), 72, (3, 3), Window((2, 2), ((1, 1), (1, 1)), (1, 1)), (16, 16)),
@@ -169,7 +173,15 @@ def test_pixels_are_shared_out_completely(threads, name):
 @pytest.mark.parametrize(("cached", "threads"), [(0, 2), (150_000, 3), (150_000, 9)])
 @pytest.mark.parametrize(
     "name",
-    ["3x3", "stride 2", "volumes", "groups that end in a partial block", "lines of three taps", "lines with a stride"],
+    [
+        "3x3",
+        "no padding",
+        "stride 2",
+        "volumes",
+        "groups that end in a partial block",
+        "lines of three taps",
+        "lines with a stride",
+    ],
 )
 def test_small_tiles_strips_and_ranges_add_up(name, cached, threads, monkeypatch):
     monkeypatch.setattr(cpu_product, "_PANEL_BYTES", 0)

@@ -118,6 +118,7 @@ def scratch_of_no_more_than_was_asked_for(patch):
     k=st.integers(1, 400),
     n=st.integers(1, 400),
     density=st.floats(0.01, 1.0),
+    block=st.sampled_from([(32, 32), (64, 16), (16, 64)]),
     dtypes=st.sampled_from([FLOAT, HALF]),
     panel=st.sampled_from([0, 32 << 10]),
     cached=st.sampled_from([0, 60_000, 200_000, 1 << 30]),
@@ -126,17 +127,24 @@ def scratch_of_no_more_than_was_asked_for(patch):
 )
 @PROPERTY
 def test_weight_gradients_cut_into_strips_ranges_and_slices_add_up(
-    m, k, n, density, dtypes, panel, cached, threads, seed
+    m, k, n, density, block, dtypes, panel, cached, threads, seed
 ):
     torch.manual_seed(seed)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cpu_product, "_PANEL_BYTES", panel)
         patch.setattr(cpu_product, "_second_level_bytes", lambda: cached)
         patch.setattr(torch, "get_num_threads", lambda: threads)
-        problem = Problem.random(m, k, n, (32, 32), density, dtypes)
+        problem = Problem.random(m, k, n, block, density, dtypes)
         problem.probes = (~problem.mask).flatten().nonzero().flatten().flip(0).int()
         with scratch_of_no_more_than_was_asked_for(patch):
             problem.check_wgrad()
+
+
+@pytest.mark.parametrize("dtypes", [FLOAT, HALF])
+@pytest.mark.parametrize("block", [(32, 32), (64, 32), (32, 64)])
+@pytest.mark.parametrize("m", [256, 1002])
+def test_panels_are_complete_that_are_packed_beside_products(m, block, dtypes):
+    Problem.random(m, 192, 256, block, 0.6, dtypes).check_wgrad()
 
 
 @pytest.mark.parametrize("ways", [1, 16])

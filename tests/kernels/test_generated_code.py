@@ -49,10 +49,12 @@ def test_the_inner_loop_is_multiply_adds_loads_and_nothing_on_the_stack(target, 
     for loop in loops:
         adds = [line for line in loop if line.startswith(MULTIPLY_ADDS[0 if not target.pairs else 1])]
         assert all(register in line for line in adds)
-        assert not [line for line in loop if "rsp" in line or "rbp" in line]
+        on_stack = [line for line in loop if "rsp" in line or "rbp" in line]
+        assert not on_stack or (role == "wgrad" and len(on_stack) == 1 and "mm" not in on_stack[0])  # a pointer, an end
         # A strip's sums, once for each step that the compiler unrolls, and little beside them.
         whole += any(len(adds) == steps * strip.rows * strip.vectors for strip in strips for steps in (1, 2))
-        assert len(loop) < 2.2 * len(adds) + (8 if len(adds) > 20 else 24)  # of pairs, that are put side by side
+        packing = 20 if role == "wgrad" else 0  # a panel to come, some of it at each step
+        assert len(loop) < 2.2 * len(adds) + (8 if len(adds) > 20 else 24) + packing  # of pairs, put side by side
     assert whole or role == "wgrad"  # the weight gradient's groups of rows divide the block
 
 
