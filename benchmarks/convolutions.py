@@ -131,6 +131,7 @@ def compare(shape: Shape, block: Block, rounds: int, device: torch.device) -> li
             timed[density] = timed_together(functools.partial(ours, role, density))
         times = alternate(timed, rounds, device)
         seconds = {name: statistics.median(values) / setting.calls for name, values in times.items()}
+        multiply_adds = peak.amount / statistics.median(times["peak"])  # FLOP/s
         ways = {way: seconds[way] for way in ("eager", "channels-last", "inductor")}
         actual = {density: mask.float().mean().item() for density, mask in masks.items()}
         crossing = break_even({actual[d]: seconds[d] for d in DENSITIES}, min(ways.values()))
@@ -141,7 +142,7 @@ def compare(shape: Shape, block: Block, rounds: int, device: torch.device) -> li
                     "ours_ms": seconds[density] * 1e3, "dense_ms": {way: s * 1e3 for way, s in ways.items()},
                     "speedup": min(ways.values()) / seconds[density],
                     "of_best": actual[density] * min(ways.values()) / seconds[density],
-                    "of_peak": shape.flops * actual[density] / seconds[density] * min(times["peak"]) / peak.amount,
+                    "of_peak": shape.flops * actual[density] / seconds[density] / multiply_adds,
                     "break_even": crossing,
                 }
             )  # fmt: skip

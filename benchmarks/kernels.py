@@ -12,7 +12,9 @@ over more inputs than the second-level cache holds. `--bsr` times PyTorch's own 
 - `dense`: the best of the dense ways; `speed-up`: its time over ours.
 - `of eager`, `of best`: density x dense time / ours, of the eager way and of the best: 1 where a skipped block costs
   nothing and the others what they cost the dense product; the rate as a fraction of the dense product's at equal FLOPs.
-- `of roofline`: the least time, max(FLOPs / peak, bytes / bandwidth), over ours; peak and bandwidth from the same run.
+- `of peak`: our FLOP rate over that of nothing but multiply-adds, medians of the same rounds.
+- `of roofline`: the least time, max(FLOPs / peak, bytes / bandwidth), over ours, with the highest peak and bandwidth
+  that the run saw.
 - `break-even`: the density below which ours is faster than the best dense way; `tuned`: what the tuner takes it to be.
 - `BSR`: the time of PyTorch's block-sparse linear over ours.
 - `error`: root mean square against float64, over that of the dense product in the same type.
@@ -176,6 +178,7 @@ def compare(
                     "role": role, "M": m, "K": k, "N": n, "block": list(block),
                     "dtype": str(dtype).removeprefix("torch."), "density": actual[density],
                     "ours_ms": seconds[density] * 1e3, "dense_ms": {way: seconds[way] * 1e3 for way in ways},
+                    "peak_flops": peak.amount / statistics.median(times["peak"]),
                     "bsr_ms": seconds["bsr", density] * 1e3 if ("bsr", density) in seconds else None,
                     "bsr_refused": refused.get(density),
                     "break_even": crossing, "tuned_break_even": tuned,
@@ -282,7 +285,7 @@ def ratios(row: Row, rates: Rates) -> Row:
     moved = (m * (k + n) + n * k * (density + (row["role"] == "wgrad"))) * DTYPES[row["dtype"]].itemsize
     return row | {
         "dense_way": way, "speedup": best / ours, "of_eager": density * eager / ours, "of_best": density * best / ours,
-        "flops": flops / ours, "of_peak": flops / rates.peak / ours,
+        "flops": flops / ours, "of_peak": flops / row["peak_flops"] / ours,
         "of_roofline": rates.least_seconds(flops, moved) / ours,
         "bsr_ratio": row["bsr_ms"] / row["ours_ms"] if row["bsr_ms"] is not None else None,
     }  # fmt: skip
@@ -294,9 +297,9 @@ def show(rows: Sequence[Row], rates: Rates) -> None:
     table = Table(title=f"at most {peak:.4g} GFLOP/s and {bandwidth:.4g} GB/s, measured", header_style="bold", box=None)
     for heading in ("M, K, N", "block", "role"):
         table.add_column(heading)
-    for heading in ("density", "ours ms", "dense ms", "speed-up", "of eager", "of best", "of roofline", "break-even"):
+    for heading in ("density", "ours ms", "dense ms", "speed-up", "of eager", "of best", "of peak", "of roofline"):
         table.add_column(heading, justify="right")
-    for heading in ("tuned", "BSR", "error"):
+    for heading in ("break-even", "tuned", "BSR", "error"):
         table.add_column(heading, justify="right")
     for row in rows:
         tuned, bsr = row["tuned_break_even"], row["bsr_ratio"]
@@ -304,10 +307,11 @@ def show(rows: Sequence[Row], rates: Rates) -> None:
             f"{row['M']}, {row['K']}, {row['N']}", "x".join(map(str, row["block"])), row["role"],
             f"{row['density']:.3f}", f"{row['ours_ms']:.3f}",
             f"{row['dense_ms'][row['dense_way']]:.3f} {row['dense_way']}", f"{row['speedup']:.2f}x",
-            f"{row['of_eager']:.2f}", f"{row['of_best']:.2f}", f"{row['of_roofline']:.2f}", f"{row['break_even']:.2f}",
-            "" if tuned is None else f"{tuned:.2f}", "" if bsr is None else f"{bsr:.1f}x", f"{row['error']:.2f}",
+            f"{row['of_eager']:.2f}", f"{row['of_best']:.2f}", f"{row['of_peak']:.2f}", f"{row['of_roofline']:.2f}",
+            f"{row['break_even']:.2f}", "" if tuned is None else f"{tuned:.2f}",
+            "" if bsr is None else f"{bsr:.1f}x", f"{row['error']:.2f}",
         )  # fmt: skip
-    Console(width=150).print(table)
+    Console(width=160).print(table)
 
 
 def a_block(text: str) -> Block:

@@ -49,7 +49,8 @@ def measured(role="forward", **given):
     """A row of made-up times."""
     m, k, n = (random.randint(1, 5000) for _ in range(3))
     times = {"ours_ms": random.uniform(1, 9), "dense_ms": {"eager": 8.0, "autotuned": 7.0}, "bsr_ms": None}
-    return {"role": role, "M": m, "K": k, "N": n, "density": random.random(), "dtype": "bfloat16", **times, **given}
+    rest = {"density": random.random(), "dtype": "bfloat16", "peak_flops": 1e12}
+    return {"role": role, "M": m, "K": k, "N": n, **rest, **times, **given}
 
 
 def test_break_even_is_where_our_time_meets_the_dense_one(kernels):
@@ -73,6 +74,7 @@ def test_a_kernel_whose_skipped_blocks_cost_nothing_has_a_ratio_of_one(kernels):
     assert found["of_best"] == pytest.approx(6 / 8)
     assert found["dense_way"] == "autotuned"
     assert found["speedup"] == pytest.approx(6 / row["ours_ms"])
+    assert found["of_peak"] == pytest.approx(found["flops"] / row["peak_flops"])
 
 
 @pytest.mark.parametrize("role", ["forward", "dgrad", "wgrad"])
