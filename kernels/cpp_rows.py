@@ -16,7 +16,7 @@ import torch
 
 from . import cpp_factors, cpp_vectors, cpp_window
 from .cpp_rows_lines import LINES, SEGMENT, segments
-from .cpp_rows_packing import PACKING
+from .cpp_rows_packing import PACKING, REORDER
 from .isa import Isa, panels
 from .reference import BACKWARD, DIFFERENTIATED
 
@@ -39,6 +39,7 @@ def source(
         f"(c, list, phase, {s.first}, inputs_at, tile, total);"
         for s in strips
     )
+    reorder = REORDER if cpp_factors.takes_pairs(isa, x_dtype) and weight_dtype == x_dtype else ""
     packs = "\n".join(f"    pack_strip<{s.width}>(c, list, phase, {s.first}, room);" for s in strips)
     what = f"{outputs} x {inputs} blocks (output x input columns), {x_dtype} x {weight_dtype}, activation {activation}"
     return (
@@ -52,7 +53,7 @@ typedef {cpp_vectors.SCALARS[str(weight_dtype)]} w_t;
 constexpr int OUT = {outputs}, IN = {inputs}, GRAIN = {strips[0].rows};
 constexpr bool KEEPS_Z = {_cpp(activation in DIFFERENTIATED)}, TAKES_Z = {_cpp(activation.endswith(BACKWARD))};
 """
-        + PACKING.replace("$PACKS", packs)
+        + PACKING.replace("$REORDER", reorder).replace("$PACKS", packs)
         + _BODY.replace("$CALLS", calls).replace("$LINES", LINES.replace("$SEGMENT", str(SEGMENT)))
     )
 

@@ -80,6 +80,9 @@ template <int WIDTH> void pair_up(const float* rows, int64_t count, bf16* to) {
     }
 }
 
+// A strip of a block of one tap that lies as it is multiplied but for its order. False: it does not.
+template <int WIDTH, class T> bool reorder(const Call&, const T*, packed_t*) { return false; }
+$REORDER
 // Columns [strip, strip + WIDTH) of the blocks of a list, for one phase; zero where the weight ends. `room` is for a
 // block in float32 on its way to pairs.
 template <int WIDTH> void pack_strip(const Call& c, const List& l, const Phase& phase, int64_t strip, float* room) {
@@ -91,6 +94,7 @@ template <int WIDTH> void pack_strip(const Call& c, const List& l, const Phase& 
     const int64_t i = (int64_t)c.indices[j] * IN;
     const w_t* from = c.weight + l.weight + strip * c.w_out + i * c.w_in;
     const bool whole = columns == WIDTH && i + IN <= c.listed;
+    if (whole && taps == 1 && reorder<WIDTH>(c, from, packed)) continue;
     if (whole && c.in_order && c.w_in == taps) {  // inputs and taps lie in one run
       for (int b = 0; b < WIDTH; b += Narrow::lanes) {
         int64_t a = 0, t = 0;  // of the next entry of the run
@@ -144,5 +148,25 @@ void pack_list(const Call& c, const List& list, float* room) {
     const Phase& phase = c.g.phase()[f];
 $PACKS
   }
+}
+"""
+
+# Of a weight whose inputs are multiplied in pairs.
+REORDER = """
+template <int WIDTH> bool reorder(const Call& c, const bf16* from, bf16* to) {
+  constexpr int SIDE = Narrow::lanes;
+  if (c.w_out == 1) {
+    for (int a = 0; a < IN; a += 2, to += 2 * WIDTH)
+      lay<true>(from + a * c.w_in, from + (a + 1) * c.w_in, WIDTH, to, 2 * WIDTH);
+    return true;
+  }
+  if (c.w_in != 1 || c.w_out % 2 || IN % (2 * SIDE)) return false;
+  for (int b = 0; b < WIDTH; b += SIDE)
+    for (int a = 0; a < IN; a += 2 * SIDE) {
+      Narrow::f pairs[SIDE];  // whatever numbers these would be
+      load_transposed((const float*)(from + b * c.w_out + a), c.w_out / 2, pairs);
+      UNROLL for (int l = 0; l < SIDE; ++l) store<Narrow>((float*)(to + (a + 2 * l) * WIDTH + 2 * b), pairs[l]);
+    }
+  return true;
 }
 """
