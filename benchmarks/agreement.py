@@ -6,8 +6,8 @@
 Two linears (768 -> 3072 -> 768, relu) on 512 rows under random masks. In turn, several times over: `cc.profile`; each
 operator of ours, its kernel without what PyTorch does around an operator, each dense product and the whole step called
 alone by `torch.utils.benchmark`; training steps under `torch.profiler`, which names our operators' calls. Prints the
-median of each and what `profile` says over what others measure; for the dense products, which are the same calls, that
-is the machine's noise. Then how far the FLOPs of `explain` are from those of PyTorch's own counter and of the masks.
+median of each, and the median of what `profile` says over what others measure right after it; for the dense products,
+which are the same calls, that is the machine's noise. Then how far the FLOPs of `explain` are from those of PyTorch's own counter and of the masks.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ from ctrlcompile.kernels import cpu_linear
 from kernels import random_mask
 
 ROWS, WIDTH, HIDDEN = 512, 768, 3072
+CALLS = 4  # timed at once; `profile` takes as many of these as 10 ms have room for
 
 Key = tuple[str, str]  # a layer's weight and the role, or the step and how it is computed
 
@@ -79,9 +80,9 @@ class Subject:
 
 
 def milliseconds(call: Callable[[], object]) -> float:
-    """Of one call, after another, by PyTorch's own timer."""
+    """Of one call, on average of some after others, by PyTorch's own timer."""
     timer = Timer("call()", globals={"call": call}, num_threads=torch.get_num_threads())
-    return timer.timeit(1).mean * 1e3
+    return timer.timeit(CALLS).mean * 1e3
 
 
 def in_steps(subject: Subject) -> dict[Key, list[float]]:
@@ -141,13 +142,11 @@ def main() -> None:
             found |= {"kernel": alone[key, "kernel"], "in_step": within[key]}
         row: dict[str, Any] = {"name": key[0], "role": key[1], "way": way}
         for what, taken in found.items():
-            if taken:
-                row |= {f"{what}_ms": statistics.median(taken), f"{what}_least_ms": min(taken)}
-        row |= {
-            f"of_{what}": row["profile_ms"] / row[f"{what}_ms"]
-            for what in ("alone", "kernel", "in_step")
-            if f"{what}_ms" in row
-        }
+            if not taken:
+                continue
+            row |= {f"{what}_ms": statistics.median(taken), f"{what}_least_ms": min(taken)}
+            if what != "profile":
+                row[f"of_{what}"] = statistics.median(ours / other for ours, other in zip(values, taken, strict=True))
         rows.append(row)
     dense_apart, gated_apart = flops_apart(subject)
 
