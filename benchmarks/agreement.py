@@ -7,7 +7,8 @@ Two linears (768 -> 3072 -> 768, relu) on 512 rows under random masks. In turn, 
 operator of ours, its kernel without what PyTorch does around an operator, each dense product and the whole step called
 alone by `torch.utils.benchmark`; training steps under `torch.profiler`, which names our operators' calls. Prints the
 median of each, and the median of what `profile` says over what others measure right after it; for the dense products,
-which are the same calls, that is the machine's noise. Then how far the FLOPs of `explain` are from those of PyTorch's own counter and of the masks.
+which are the same calls, that is the machine's noise. Then how far the FLOPs of `explain` are from those of PyTorch's
+own counter and of the masks.
 """
 
 from __future__ import annotations
